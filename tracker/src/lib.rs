@@ -1,0 +1,9 @@
+//! Follows every write to a block device; knows nothing of networks.
+//!
+//! [`marks`] holds the bitmaps and the cut that stands; [`ebpf`] marks from beside the write path;
+//! [`freeze`] holds file systems still for a cut; [`device`] says which device it is.
+
+pub mod device;
+pub mod ebpf;
+pub mod freeze;
+pub mod marks;
