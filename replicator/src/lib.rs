@@ -1,5 +1,10 @@
 //! The data plane of Secondsite: source, wire, target, and what the binary is made of.
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod inventory;
+pub mod machine;
 pub mod source;
 pub mod target;
 pub mod wire;

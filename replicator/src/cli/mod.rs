@@ -1,0 +1,3 @@
+//! cli
+pub mod failure;
+pub mod units;

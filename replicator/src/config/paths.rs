@@ -1,0 +1,62 @@
+//! Where configuration, state and run-time files lie.
+//!
+//! With the default configuration folder these are the system's; with any other everything lies
+//! below it, so that both sites and several servers can run side by side on one machine.
+
+use std::path::{Path, PathBuf};
+
+/// The configuration folder unless `--config-dir` names another.
+pub const DEFAULT_CONFIG_DIR: &str = "/etc/secondsite";
+const DEFAULT_STATE_DIR: &str = "/var/lib/secondsite";
+const DEFAULT_RUN_DIR: &str = "/run/secondsite";
+
+/// All folders of one configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Paths {
+    /// Configuration files.
+    pub config: PathBuf,
+    /// What must outlive a reboot.
+    pub state: PathBuf,
+    /// Locks and sockets.
+    pub run: PathBuf,
+    /// Keys and certificates.
+    pub pki: PathBuf,
+}
+
+impl Paths {
+    /// The folders that belong to a configuration folder.
+    pub fn of(config_dir: &Path) -> Self {
+        // Symbolic links are resolved, so that two names of one folder share one lock.
+        let config = config_dir
+            .canonicalize()
+            .or_else(|_| std::path::absolute(config_dir))
+            .unwrap_or_else(|_| config_dir.to_path_buf());
+        let system =
+            config == Path::new(DEFAULT_CONFIG_DIR) || config_dir == Path::new(DEFAULT_CONFIG_DIR);
+        let (state, run) = if system {
+            (DEFAULT_STATE_DIR.into(), DEFAULT_RUN_DIR.into())
+        } else {
+            (config.join("state"), config.join("run"))
+        };
+        Self { pki: config.join("pki"), config, state, run }
+    }
+
+    /// Whether these are the system's.
+    pub fn is_default(&self) -> bool {
+        self.run == Path::new(DEFAULT_RUN_DIR)
+    }
+
+    /// The file of a role: `control.toml`, `target.toml`, `agent.toml`.
+    pub fn file(&self, role: &str) -> PathBuf {
+        self.config.join(format!("{role}.toml"))
+    }
+
+    /// What to add to a command so that it uses this configuration; empty for the default.
+    pub fn argument(&self) -> String {
+        if self.is_default() {
+            String::new()
+        } else {
+            format!(" --config-dir {}", self.config.display())
+        }
+    }
+}

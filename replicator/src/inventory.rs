@@ -1,0 +1,278 @@
+//! The block devices of this host that could be protected, as the agent offers them to control.
+//!
+//! `lsblk` names whole disks, partitions, logical volumes and attached loop devices; this module
+//! adds what each is used by, where swap lies on a whole disk, on which protectable device it lies,
+//! and how it could be tracked. Control may choose only among these, and an allow list narrows them.
+
+use secondsite_control::api::InventoryDevice;
+use secondsite_tracker::device::Device;
+use secondsite_tracker::ebpf::Ebpf;
+use serde::Deserialize;
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What is asked of `lsblk`.
+const COLUMNS: &str = "NAME,KNAME,PATH,TYPE,SIZE,MOUNTPOINTS,FSTYPE";
+/// Unit of `/sys/class/block/X/start`, whatever the device's own block size.
+const SYSFS_SECTOR_BYTES: u64 = 512;
+/// What ends the first page of a swap area.
+const SWAP_MAGIC: &[u8] = b"SWAPSPACE2";
+
+/// Why there is no inventory.
+#[derive(Debug, thiserror::Error)]
+pub enum InventoryError {
+    /// `lsblk` could not be run, or failed.
+    #[error("lsblk: {0}")]
+    Run(String),
+    /// `lsblk` printed what cannot be read.
+    #[error("lsblk printed what cannot be read: {0}")]
+    Parse(#[from] serde_json::Error),
+}
+
+/// Takes the inventory of this host. `allow`: the only devices to offer; empty for all.
+pub fn take(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
+    let output = Command::new("lsblk")
+        .args(["--json", "--bytes", "--output", COLUMNS])
+        .env("LC_ALL", "C")
+        .output()
+        .map_err(|error| InventoryError::Run(error.to_string()))?;
+    // With no block device at all it prints an empty document and fails.
+    if !output.status.success() && output.stdout.is_empty() {
+        let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        return Err(InventoryError::Run(text));
+    }
+    let mut devices = read(&output.stdout, &Host { ebpf: Ebpf::supported() })?;
+    if !allow.is_empty() {
+        let resolve = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        let allowed: HashSet<PathBuf> = allow.iter().map(|path| resolve(path)).collect();
+        devices.retain(|device| allowed.contains(&resolve(Path::new(&device.path))));
+    }
+    Ok(devices)
+}
+
+/// What is asked of the host besides `lsblk`.
+trait Facts {
+    /// Whether the device could be a volume; else why not, and which to choose instead.
+    fn volume(&self, path: &Path) -> Result<(), String>;
+    /// Whether eBPF runs here; else why not.
+    fn ebpf(&self) -> Result<(), String>;
+    /// Where a partition starts on its disk, bytes.
+    fn start_bytes(&self, kname: &str) -> Option<u64>;
+    /// Whether a swap area is on it. `lsblk` knows file systems only where udev runs.
+    fn swap(&self, path: &Path) -> bool;
+    /// The file behind a loop device.
+    fn backing(&self, kname: &str) -> Option<String>;
+}
+
+struct Host {
+    ebpf: Result<(), String>,
+}
+
+impl Facts for Host {
+    fn volume(&self, path: &Path) -> Result<(), String> {
+        Device::open(path).map(drop).map_err(|error| error.cause)
+    }
+
+    fn ebpf(&self) -> Result<(), String> {
+        self.ebpf.clone()
+    }
+
+    fn start_bytes(&self, kname: &str) -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/sys/class/block/{kname}/start")).ok()?;
+        text.trim().parse::<u64>().ok()?.checked_mul(SYSFS_SECTOR_BYTES)
+    }
+
+    fn swap(&self, path: &Path) -> bool {
+        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+        let Ok(Some(page)) = page else { return false };
+        let mut magic = [0; SWAP_MAGIC.len()];
+        let offset = page as u64 - SWAP_MAGIC.len() as u64;
+        File::open(path).and_then(|file| file.read_exact_at(&mut magic, offset)).is_ok()
+            && magic == SWAP_MAGIC
+    }
+
+    fn backing(&self, kname: &str) -> Option<String> {
+        let path = format!("/sys/block/{kname}/loop/backing_file");
+        std::fs::read_to_string(path).ok().map(|text| text.trim().to_string())
+    }
+}
+
+#[derive(Deserialize)]
+struct Document {
+    blockdevices: Vec<Node>,
+}
+
+#[derive(Deserialize)]
+struct Node {
+    name: String,
+    kname: String,
+    path: String,
+    #[serde(rename = "type")]
+    kind: String,
+    /// Null for a device without a medium.
+    size: Option<u64>,
+    #[serde(default)]
+    mountpoints: Vec<Option<String>>,
+    fstype: Option<String>,
+    #[serde(default)]
+    children: Vec<Node>,
+}
+
+impl Node {
+    fn mounts(&self) -> impl Iterator<Item = &str> {
+        self.mountpoints.iter().flatten().map(String::as_str)
+    }
+
+    /// Swap in use, or a swap area that nothing else uses. A stale signature under a file system
+    /// or a volume group must not exclude live data.
+    fn is_swap(&self, facts: &dyn Facts) -> bool {
+        if self.mounts().any(|mount| mount == "[SWAP]") {
+            return true;
+        }
+        let idle = self.mounts().next().is_none() && self.children.is_empty();
+        let signature = match self.fstype.as_deref() {
+            Some(kind) => kind == "swap",
+            None => facts.swap(Path::new(&self.path)),
+        };
+        idle && signature
+    }
+}
+
+fn read(json: &[u8], facts: &dyn Facts) -> Result<Vec<InventoryDevice>, InventoryError> {
+    let json: &[u8] = if json.trim_ascii().is_empty() { b"{\"blockdevices\":[]}" } else { json };
+    let document: Document = serde_json::from_slice(json)?;
+    let mut list = List { facts, seen: HashSet::new(), devices: Vec::new() };
+    for node in &document.blockdevices {
+        list.add(node, "");
+    }
+    Ok(list.devices)
+}
+
+struct List<'a> {
+    facts: &'a dyn Facts,
+    /// A device over several others stands below each of them.
+    seen: HashSet<String>,
+    devices: Vec<InventoryDevice>,
+}
+
+impl List<'_> {
+    /// `parent`: the topmost device below this one that can be a volume; empty if none can.
+    fn add(&mut self, node: &Node, parent: &str) {
+        let size_bytes = node.size.unwrap_or(0);
+        // Memory disks and media that are not there hold nothing to protect.
+        if node.kind == "rom" || size_bytes == 0 || node.kname.starts_with("ram") {
+            return;
+        }
+        if !self.seen.insert(node.kname.clone()) {
+            return;
+        }
+        let name = display_name(node);
+        let (trackers, refused) = self.trackers(node);
+        let own = if parent.is_empty() && !trackers.is_empty() { name.as_str() } else { parent };
+        let swap = if node.kind == "part" { Vec::new() } else { self.swap_parts(node) };
+        self.devices.push(InventoryDevice {
+            name: name.clone(),
+            path: node.path.clone(),
+            kind: node.kind.clone(),
+            size_bytes,
+            used_by: self.used_by(node),
+            swap,
+            parent: parent.to_string(),
+            trackers,
+            refused,
+        });
+        for child in &node.children {
+            self.add(child, own);
+        }
+    }
+
+    fn trackers(&self, node: &Node) -> (Vec<String>, String) {
+        if let Err(why) = self.facts.volume(Path::new(&node.path)) {
+            return (Vec::new(), why);
+        }
+        let ebpf = match node.kind.as_str() {
+            "disk" | "part" | "loop" => self.facts.ebpf(),
+            kind => Err(format!(
+                "eBPF follows whole disks and partitions, not {kind}: choose the disk below it"
+            )),
+        };
+        match ebpf {
+            Ok(()) => (vec!["ebpf".into(), "compare".into()], String::new()),
+            Err(why) => (vec!["compare".into()], why),
+        }
+    }
+
+    /// Swap partitions: name, offset and length on the whole device.
+    fn swap_parts(&self, node: &Node) -> Vec<(String, u64, u64)> {
+        let parts = node.children.iter().filter(|child| child.kind == "part");
+        let swaps = parts.filter(|part| part.is_swap(self.facts));
+        swaps
+            .filter_map(|part| {
+                let start = self.facts.start_bytes(&part.kname)?;
+                Some((part.name.clone(), start, part.size?))
+            })
+            .collect()
+    }
+
+    fn used_by(&self, node: &Node) -> String {
+        let mut uses = Uses::default();
+        uses.gather(node, self.facts);
+        uses.mounts.dedup();
+        let mut text = uses.mounts.join(" ");
+        for (there, word) in [(uses.swap, "swap"), (uses.lvm, "lvm"), (uses.raid, "raid")] {
+            if there {
+                text += if text.is_empty() { "" } else { ", " };
+                text += word;
+            }
+        }
+        if let Some(file) = self.facts.backing(&node.kname).filter(|_| node.kind == "loop") {
+            text = if text.is_empty() {
+                format!("file {file}")
+            } else {
+                format!("{text} (file {file})")
+            };
+        }
+        if node.kind == "lvm" && !text.is_empty() { format!("lvm: {text}") } else { text }
+    }
+}
+
+/// What a device and all that lies on it are used by.
+#[derive(Default)]
+struct Uses {
+    mounts: Vec<String>,
+    swap: bool,
+    lvm: bool,
+    raid: bool,
+}
+
+impl Uses {
+    fn gather(&mut self, node: &Node, facts: &dyn Facts) {
+        let mounts = node.mounts().filter(|mount| *mount != "[SWAP]");
+        self.mounts.extend(mounts.map(str::to_string));
+        self.swap |= node.children.is_empty() && node.is_swap(facts);
+        for child in &node.children {
+            self.lvm |= child.kind == "lvm";
+            self.raid |= child.kind.starts_with("raid");
+            self.gather(child, facts);
+        }
+    }
+}
+
+/// `vg0/pg` for the device-mapper name `vg0-pg` of a logical volume, in which a dash of a name is
+/// doubled; everything else keeps its name.
+fn display_name(node: &Node) -> String {
+    if node.kind != "lvm" {
+        return node.name.clone();
+    }
+    let doubled = node.name.replace("--", "\0");
+    match doubled.split_once('-') {
+        Some((group, volume)) => format!("{group}/{volume}").replace('\0', "-"),
+        None => node.name.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,93 @@
+//! Inventories from recorded `lsblk` output.
+
+use super::{Facts, read};
+use secondsite_control::api::InventoryDevice;
+use std::path::Path;
+
+/// A host as the fixtures were recorded on.
+struct Recorded {
+    ebpf: bool,
+}
+
+impl Facts for Recorded {
+    fn volume(&self, path: &Path) -> Result<(), String> {
+        match path.to_str() {
+            Some("/dev/sdb" | "/dev/sdc") => Err("member of md0: choose /dev/md0".into()),
+            _ => Ok(()),
+        }
+    }
+    fn ebpf(&self) -> Result<(), String> {
+        if self.ebpf { Ok(()) } else { Err("the kernel has no BTF".into()) }
+    }
+    fn start_bytes(&self, kname: &str) -> Option<u64> {
+        match kname {
+            "sda3" => Some(2048 << 20),
+            "loop7p1" => Some(1 << 20),
+            _ => None,
+        }
+    }
+    fn swap(&self, path: &Path) -> bool {
+        path == Path::new("/dev/loop7p1")
+    }
+    fn backing(&self, kname: &str) -> Option<String> {
+        (kname == "loop7").then(|| "/srv/disk.img".to_string())
+    }
+}
+
+fn inventory(fixture: &str, ebpf: bool) -> Vec<InventoryDevice> {
+    read(fixture.as_bytes(), &Recorded { ebpf }).unwrap()
+}
+
+fn find<'a>(devices: &'a [InventoryDevice], name: &str) -> &'a InventoryDevice {
+    devices.iter().find(|device| device.name == name).unwrap_or_else(|| panic!("{name}"))
+}
+
+const SERVER: &str = include_str!("fixtures/server.json");
+const LOOP: &str = include_str!("fixtures/loop.json");
+
+#[test]
+fn a_server_with_a_root_disk_and_lvm_over_raid() {
+    let devices = inventory(SERVER, true);
+    let names: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
+    assert_eq!(
+        names,
+        ["sda", "sda1", "sda2", "sda3", "sda4", "sdb", "md0", "vg0/pg", "vg0/pg-log", "sdc"],
+        "each once, no optical drive, no memory disk"
+    );
+    let sda = find(&devices, "sda");
+    assert_eq!(sda.used_by, "/boot/efi /boot /, swap");
+    assert_eq!(sda.swap, [("sda3".to_string(), 2048 << 20, 17_179_869_184)]);
+    assert_eq!(sda.parent, "");
+    assert_eq!(sda.trackers, ["ebpf", "compare"]);
+    assert_eq!(find(&devices, "sda4").parent, "sda");
+    assert!(find(&devices, "sda3").swap.is_empty(), "a swap volume is taken as what it is");
+
+    let sdb = find(&devices, "sdb");
+    assert!(sdb.trackers.is_empty());
+    assert!(sdb.refused.contains("choose /dev/md0"));
+    let md = find(&devices, "md0");
+    assert_eq!(
+        (md.parent.as_str(), md.trackers.as_slice()),
+        ("", ["compare".to_string()].as_slice())
+    );
+    let pg = find(&devices, "vg0/pg");
+    assert_eq!((pg.parent.as_str(), pg.path.as_str()), ("md0", "/dev/mapper/vg0-pg"));
+    assert_eq!(pg.used_by, "lvm: /var/lib/postgresql");
+}
+
+#[test]
+fn loop_devices_and_hosts_without_udev_or_btf() {
+    let devices = inventory(LOOP, false);
+    let whole = find(&devices, "loop7");
+    assert_eq!(whole.used_by, "/mnt/data, swap (file /srv/disk.img)");
+    assert_eq!(whole.swap, [("loop7p1".to_string(), 1 << 20, 20_971_520)]);
+    assert_eq!(whole.trackers, ["compare"]);
+    assert_eq!(whole.refused, "the kernel has no BTF");
+    assert_eq!(devices.len(), 3, "an empty zram device is no volume");
+}
+
+#[test]
+fn nothing_attached_is_an_empty_inventory() {
+    assert!(inventory("", true).is_empty());
+    assert!(read(b"{\"blockdevices\": 3}", &Recorded { ebpf: true }).is_err());
+}
