@@ -71,6 +71,13 @@ impl Outcome {
         self
     }
 
+    /// Panics unless it failed, and its talk has every one of `words`.
+    pub fn refused_somehow(self, words: &[&str]) -> Self {
+        assert_ne!(self.code, 0, "it was accepted: {}{}", self.stdout, self.stderr);
+        let code = self.code;
+        self.refused(code, words)
+    }
+
     /// Panics unless it ended with `code` and its talk has every one of `words`.
     pub fn refused(self, code: i32, words: &[&str]) -> Self {
         assert_eq!(self.code, code, "{}{}", self.stdout, self.stderr);
