@@ -333,7 +333,10 @@ fn server_id(dir: &Path) -> Option<String> {
         } else if path.extension().is_some_and(|e| e == "json") {
             let document: Option<Value> =
                 std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
-            document.and_then(|d| d["server_id"].as_str().map(str::to_owned))
+            document.and_then(|d| {
+                let id = d.pointer("/content/server_id").or_else(|| d.get("server_id"))?;
+                Some(id.as_str()?.to_owned())
+            })
         } else {
             None
         };

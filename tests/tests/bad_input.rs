@@ -35,10 +35,10 @@ fn wrong_usage_is_told_apart() {
 fn tokens_are_for_one_use() {
     let lab = Lab::new();
     let token = lab.token();
-    let mut wrong = token.clone();
-    let last = wrong.pop().expect("not empty");
-    wrong.push(if last == 'A' { 'B' } else { 'A' });
-    lab.try_join(&wrong, SERVER).refused(PERMISSION, &["token"]);
+    // Behind the prefix stands the secret, at the end the authority's fingerprint.
+    lab.try_join(&with_another_digit(&token, "ss1_".len()), SERVER).refused(PERMISSION, &["token"]);
+    lab.try_join(&with_another_digit(&token, token.len() - 1), SERVER)
+        .refused_somehow(&["authority"]);
     lab.try_join("nonsense", SERVER).refused_somehow(&["token"]);
     // The right one still works after a wrong one, once.
     lab.try_join(&token, SERVER).ok();
@@ -151,4 +151,9 @@ fn strangers_at_the_ports_harm_nothing() {
     let replica = lab.wait_until_promoted(PATIENCE);
     assert_equal(device.path(), &replica);
     lab.cli(Side::Site, &["unprotect", SERVER, "--yes"]).ok();
+}
+
+fn with_another_digit(token: &str, at: usize) -> String {
+    let digit = if token.as_bytes()[at] == b'0' { "1" } else { "0" };
+    format!("{}{digit}{}", &token[..at], &token[at + 1..])
 }
