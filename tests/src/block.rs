@@ -70,11 +70,19 @@ impl Drop for LoopDevice {
 /// served at once: nbdkit's delay filter, nbdfuse with enough connections that no read waits behind
 /// a write, and a loop device in direct mode (else its page cache would serve the reads).
 pub struct SlowDevice {
-    /// The loop device.
+    /// The loop device. (Fields are dropped in this order: each lies on the next.)
     pub device: LoopDevice,
-    mountpoint: PathBuf,
+    _mount: FuseMount,
     _fuse: Child,
     _server: Child,
+}
+
+struct FuseMount(PathBuf);
+
+impl Drop for FuseMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
 }
 
 /// More than the writes and reads that a test has in flight.
@@ -111,15 +119,7 @@ impl SlowDevice {
             (size == bytes).then_some(()).ok_or_else(|| fuse.log())
         });
         let device = LoopDevice::over(&mountpoint, true);
-        Self { device, mountpoint, _fuse: fuse, _server: server }
-    }
-}
-
-impl Drop for SlowDevice {
-    fn drop(&mut self) {
-        // The loop device lets go of the file first; detaching it twice does no harm.
-        let _ = Command::new("losetup").arg("--detach").arg(self.device.path()).status();
-        let _ = Command::new("umount").arg("--lazy").arg(&self.mountpoint).status();
+        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, _server: server }
     }
 }
 
@@ -196,8 +196,10 @@ pub fn assert_equal(left: &Path, right: &Path) {
     );
 }
 
-// <linux/fs.h>: flushes and drops the page cache of a block device.
-nix::ioctl_none!(blkflsbuf, 0x12, 97);
+mod ioctl {
+    // <linux/fs.h>: flushes and drops the page cache of a block device.
+    nix::ioctl_none!(blkflsbuf, 0x12, 97);
+}
 
 fn open(path: &Path) -> (File, u64) {
     use std::io::{Seek, SeekFrom};
@@ -205,7 +207,7 @@ fn open(path: &Path) -> (File, u64) {
     let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     if file.metadata().expect("metadata").file_type().is_block_device() {
         // SAFETY: the descriptor is open, and BLKFLSBUF takes no argument.
-        unsafe { blkflsbuf(file.as_raw_fd()) }.expect("BLKFLSBUF");
+        unsafe { ioctl::blkflsbuf(file.as_raw_fd()) }.expect("BLKFLSBUF");
     }
     let bytes = file.seek(SeekFrom::End(0)).expect("its size");
     file.rewind().expect("rewind");

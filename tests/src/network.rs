@@ -23,12 +23,12 @@ impl Network {
         let (server, site) = (network.server.as_str(), network.site.as_str());
         run("ip", &["netns", "add", server]);
         run("ip", &["netns", "add", site]);
-        let veth = ["link", "add", "link", "netns", server, "type", "veth"];
-        run("ip", &[&veth[..], &["peer", "name", "link", "netns", site]].concat());
+        let veth = ["link", "add", "wire0", "netns", server, "type", "veth"];
+        run("ip", &[&veth[..], &["peer", "name", "wire0", "netns", site]].concat());
         for (namespace, address) in [(server, SERVER_ADDRESS), (site, SITE_ADDRESS)] {
-            run("ip", &["-n", namespace, "addr", "add", &format!("{address}/24"), "dev", "link"]);
+            run("ip", &["-n", namespace, "addr", "add", &format!("{address}/24"), "dev", "wire0"]);
             run("ip", &["-n", namespace, "link", "set", "lo", "up"]);
-            run("ip", &["-n", namespace, "link", "set", "link", "up"]);
+            run("ip", &["-n", namespace, "link", "set", "wire0", "up"]);
         }
         network
     }
@@ -36,7 +36,7 @@ impl Network {
     /// Cuts or mends the link at the server's end, as a pulled plug would: sending fails at once.
     /// (At the second site's end it would take that end's own address with it.)
     pub fn set_up(&self, up: bool) {
-        run("ip", &["-n", &self.server, "link", "set", "link", if up { "up" } else { "down" }]);
+        run("ip", &["-n", &self.server, "link", "set", "wire0", if up { "up" } else { "down" }]);
     }
 
     /// Loses every packet on its way to the second site, or no more: nobody is told.
@@ -44,7 +44,7 @@ impl Network {
         let rules = if silent {
             "add table inet cut; \
              add chain inet cut in { type filter hook input priority 0; }; \
-             add rule inet cut in iif link drop"
+             add rule inet cut in iif wire0 drop"
         } else {
             "delete table inet cut"
         };

@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Place of every stamp, in order: stamp n stands at index n.
 type History = Arc<Mutex<Vec<u64>>>;
+/// Makes the next write.
+type Turn = Box<dyn FnMut() -> u64 + Send>;
 
 #[test]
 fn every_point_is_a_prefix_of_the_writes() {
@@ -78,7 +80,7 @@ fn exact_epoch(lab: &Lab) -> Option<u64> {
 }
 
 /// Stamped direct writes into a file whose blocks all exist already.
-fn writer(path: &Path, mut random: Random, history: History) -> impl FnMut() -> u64 + Send {
+fn writer(path: &Path, mut random: Random, history: History) -> Turn {
     let file = OpenOptions::new().write(true).create(true).custom_flags(libc::O_DIRECT).open(path);
     let file = file.expect("a file for direct writes");
     let mut block = Box::new(Aligned([0; BLOCK_BYTES]));
@@ -89,7 +91,7 @@ fn writer(path: &Path, mut random: Random, history: History) -> impl FnMut() -> 
     }
     file.sync_all().expect("fsync");
     history.lock().expect("no panic").push(u64::MAX); // stamp 0: the blocks as they were made
-    move || {
+    Box::new(move || {
         let place = random.below(PLACES);
         let stamp = {
             // Noted before it is issued: the replica may see it before we return.
@@ -101,7 +103,7 @@ fn writer(path: &Path, mut random: Random, history: History) -> impl FnMut() -> 
         block.0[24..32].copy_from_slice(&place.to_le_bytes());
         file.write_all_at(&block.0, place * BLOCK_BYTES as u64).expect("write");
         BLOCK_BYTES as u64
-    }
+    })
 }
 
 /// Scans the replica volume for stamped blocks; panics unless they are a prefix of `history`;
