@@ -64,7 +64,7 @@ need_rust() {
             need_packages rustup=rustup
         else
             say "Rust $rust_needed or later is missing: running rustup's installer (https://sh.rustup.rs) for $(id -un)."
-            need_packages curl=curl /etc/ssl/certs/ca-certificates.crt=ca-certificates
+            need_packages curl=curl
             curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
                 sh -s -- -y --no-modify-path --profile minimal --component rustfmt,clippy
             . "$HOME/.cargo/env"
@@ -79,7 +79,8 @@ need_rust() {
 }
 
 # What every build needs.
-build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang)
+build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang
+    /etc/ssl/certs/ca-certificates.crt=ca-certificates)
 
 # What the real ring and the quickstart need besides.
 real_packages=(losetup=util-linux mount=mount mkfs.ext4=e2fsprogs diff=diffutils ip=iproute2
