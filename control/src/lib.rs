@@ -4,4 +4,9 @@
 //! Control never dials out and never touches the data path; agents, targets and the CLI dial in.
 
 pub mod api;
+pub mod ca;
+mod certificate;
+pub mod clock;
+mod files;
 pub mod pki;
+mod tls;
