@@ -5,7 +5,7 @@
 //!
 //! Invariants:
 //! - every length is checked against a named limit before memory is taken;
-//! - bytes from a peer or a disk are one type ([`frame::RawFrame`]), checked ones another
+//! - bytes from a peer or a disk are one type ([`frame::RawHeader`]), checked ones another
 //!   ([`extent::Content`], [`manifest::SignedManifest`]);
 //! - little-endian throughout; layouts are described byte by byte in `docs/formats.md` and fixed by
 //!   golden files.

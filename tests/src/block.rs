@@ -1,0 +1,215 @@
+//! Block devices made for a test: loop devices over sparse files, a slow one over nbdkit's delay
+//! filter, mounts, and the byte-for-byte comparison.
+
+use crate::daemon::Child;
+use crate::wait_until;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// Runs a command that must succeed; returns its trimmed output.
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// A loop device; detached when dropped.
+pub struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Over a new sparse file of `bytes` in `dir`.
+    pub fn sparse(dir: &Path, name: &str, bytes: u64) -> Self {
+        let file = dir.join(name);
+        File::create(&file).and_then(|file| file.set_len(bytes)).expect("a sparse file");
+        Self::over(&file, false)
+    }
+
+    /// Over an existing file.
+    pub fn over(file: &Path, direct: bool) -> Self {
+        let file = file.to_str().expect("UTF-8");
+        let direct = if direct { "--direct-io=on" } else { "--direct-io=off" };
+        Self { path: run("losetup", &["--find", "--show", direct, file]).into() }
+    }
+
+    /// `/dev/loopN`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `loopN`: the volume's name.
+    pub fn name(&self) -> &str {
+        self.path.file_name().and_then(|name| name.to_str()).expect("/dev/loopN")
+    }
+
+    /// Makes an ext4 on it.
+    pub fn format_ext4(&self) {
+        run("mkfs.ext4", &["-q", "-F", self.path.to_str().expect("UTF-8")]);
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+/// A loop device whose writes reach the medium `delay` after they were issued, while reads are
+/// served at once: nbdkit's delay filter, nbdfuse with enough connections that no read waits behind
+/// a write, and a loop device in direct mode (else its page cache would serve the reads).
+pub struct SlowDevice {
+    /// The loop device. (Fields are dropped in this order: each lies on the next.)
+    pub device: LoopDevice,
+    _mount: FuseMount,
+    _fuse: Child,
+    _server: Child,
+}
+
+struct FuseMount(PathBuf);
+
+impl Drop for FuseMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// More than the writes and reads that a test has in flight.
+const CONNECTIONS: &str = "16";
+
+impl SlowDevice {
+    /// `bytes` of memory behind the delay.
+    pub fn new(dir: &Path, bytes: u64, delay: Duration) -> Self {
+        let socket = dir.join("slow.sock");
+        let mountpoint = dir.join("slow");
+        File::create(&mountpoint).expect("a mount point");
+        let server = Child::spawn(
+            "nbdkit",
+            Command::new("nbdkit").args(["--foreground", "--unix"]).arg(&socket).args([
+                "--filter=delay",
+                "memory",
+                &bytes.to_string(),
+                &format!("delay-write={}ms", delay.as_millis()),
+            ]),
+        );
+        wait_until("nbdkit listens", Duration::from_secs(10), || {
+            socket.exists().then_some(()).ok_or_else(|| server.log())
+        });
+        let fuse = Child::spawn(
+            "nbdfuse",
+            Command::new("nbdfuse")
+                .args(["--connections", CONNECTIONS])
+                .arg(&mountpoint)
+                .arg("--unix")
+                .arg(&socket),
+        );
+        wait_until("nbdfuse serves the file", Duration::from_secs(10), || {
+            let size = mountpoint.metadata().map(|m| m.len()).unwrap_or(0);
+            (size == bytes).then_some(()).ok_or_else(|| fuse.log())
+        });
+        let device = LoopDevice::over(&mountpoint, true);
+        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, _server: server }
+    }
+}
+
+/// A mounted file system; unmounted when dropped.
+pub struct Mount {
+    path: PathBuf,
+}
+
+impl Mount {
+    /// Mounts `device` on a new folder.
+    pub fn new(device: &Path, path: &Path, options: &str) -> Self {
+        std::fs::create_dir_all(path).expect("a mount point");
+        let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+        run("mount", &["-o", options, &text(device), &text(path)]);
+        Self { path: path.to_owned() }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unmounts now, and says so if that fails.
+    pub fn unmount(self) {
+        run("umount", &[self.path.to_str().expect("UTF-8")]);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.path).status();
+    }
+}
+
+/// Block size of [`differences`], bytes.
+pub const COMPARE_BYTES: usize = 4096;
+
+/// Compares two files or devices; returns the offsets of blocks that differ. A different length is
+/// a panic.
+pub fn differences(left: &Path, right: &Path) -> Vec<u64> {
+    let (mut left, left_bytes) = open(left);
+    let (mut right, right_bytes) = open(right);
+    assert_eq!(left_bytes, right_bytes, "the two sides have different sizes");
+    let mut offsets = Vec::new();
+    let mut buffers = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut at = 0;
+    while at < left_bytes {
+        let count = (left_bytes - at).min(buffers.0.len() as u64) as usize;
+        let (a, b) = (&mut buffers.0[..count], &mut buffers.1[..count]);
+        left.read_exact(a).expect("read the left side");
+        right.read_exact(b).expect("read the right side");
+        for i in (0..count).step_by(COMPARE_BYTES) {
+            let end = (i + COMPARE_BYTES).min(count);
+            if a[i..end] != b[i..end] {
+                offsets.push(at + i as u64);
+            }
+        }
+        at += count as u64;
+    }
+    offsets
+}
+
+/// Panics unless both are the same, byte for byte.
+pub fn assert_equal(left: &Path, right: &Path) {
+    let differing = differences(left, right);
+    assert!(
+        differing.is_empty(),
+        "{} and {} differ in {} blocks of {COMPARE_BYTES}, the first at {:?}",
+        left.display(),
+        right.display(),
+        differing.len(),
+        &differing[..differing.len().min(8)]
+    );
+}
+
+mod ioctl {
+    // <linux/fs.h>: flushes and drops the page cache of a block device.
+    nix::ioctl_none!(blkflsbuf, 0x12, 97);
+}
+
+fn open(path: &Path) -> (File, u64) {
+    use std::io::{Seek, SeekFrom};
+    use std::os::unix::fs::FileTypeExt;
+    let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    if file.metadata().expect("metadata").file_type().is_block_device() {
+        // SAFETY: the descriptor is open, and BLKFLSBUF takes no argument.
+        unsafe { ioctl::blkflsbuf(file.as_raw_fd()) }.expect("BLKFLSBUF");
+    }
+    let bytes = file.seek(SeekFrom::End(0)).expect("its size");
+    file.rewind().expect("rewind");
+    (file, bytes)
+}

@@ -1,0 +1,376 @@
+//! Both sites of a deployment on this machine: the second site (control, target) and one server
+//! (agent), each with its own configuration folder, driven through the command line only.
+
+use crate::daemon::Child;
+use crate::network::{Network, SITE_ADDRESS};
+use crate::wait_until;
+use secondsite_control::api::{Points, ServerStatus, Status};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// The name under which the lab's server joins.
+pub const SERVER: &str = "db1";
+
+/// A daemon of the deployment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Daemon {
+    /// On the second site.
+    Control,
+    /// On the second site.
+    Target,
+    /// The agent, on the server.
+    Replicate,
+}
+
+impl Daemon {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Control => "control",
+            Self::Target => "target",
+            Self::Replicate => "replicate",
+        }
+    }
+}
+
+/// Which configuration folder, and which end of the network, a command uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The second site: an operator's shell there.
+    Site,
+    /// The protected server.
+    Server,
+}
+
+/// What a command came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Exit code.
+    pub code: i32,
+    /// Data.
+    pub stdout: String,
+    /// Talk.
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// The JSON document on stdout.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|e| panic!("not one JSON document ({e}): {self:?}"))
+    }
+
+    /// Panics unless it ended with 0.
+    pub fn ok(self) -> Self {
+        assert_eq!(self.code, 0, "the command failed: {}{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// Panics unless it failed, and its talk has every one of `words`.
+    pub fn refused_somehow(self, words: &[&str]) -> Self {
+        assert_ne!(self.code, 0, "it was accepted: {}{}", self.stdout, self.stderr);
+        let code = self.code;
+        self.refused(code, words)
+    }
+
+    /// Panics unless it ended with `code` and its talk has every one of `words`.
+    pub fn refused(self, code: i32, words: &[&str]) -> Self {
+        assert_eq!(self.code, code, "{}{}", self.stdout, self.stderr);
+        for word in words {
+            let found = self.stderr.to_lowercase().contains(&word.to_lowercase());
+            assert!(found, "\"{word}\" is missing in: {}", self.stderr);
+        }
+        self
+    }
+}
+
+/// The deployment. Everything in it goes when it is dropped.
+pub struct Lab {
+    daemons: BTreeMap<Daemon, Child>,
+    network: Option<Network>,
+    port: u16,
+    dir: TempDir,
+    _alone: MutexGuard<'static, ()>,
+}
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// How long a daemon may take to answer.
+const START_LIMIT: Duration = Duration::from_secs(30);
+
+impl Lab {
+    /// A second site on loopback, with control and target running; nothing has joined.
+    pub fn new() -> Self {
+        Self::with(None)
+    }
+
+    /// The same with the two sides in network namespaces of their own.
+    pub fn on_a_network() -> Self {
+        Self::with(Some(Network::new()))
+    }
+
+    fn with(network: Option<Network>) -> Self {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::Builder::new().prefix("secondsite-lab-").tempdir().expect("a folder");
+        let port = free_port();
+        let mut lab = Self { daemons: BTreeMap::new(), network, port, dir, _alone: alone };
+        let store = lab.path("store").display().to_string();
+        let listen = lab.address();
+        let setup = ["setup", "--store", &store, "--listen", &listen, "--no-start", "--yes"];
+        lab.cli(Side::Site, &setup).ok();
+        lab.start(Daemon::Control);
+        wait_until("control answers", START_LIMIT, || {
+            let answer = lab.cli(Side::Site, &["status", "--json"]);
+            if answer.code == 0 { Ok(()) } else { Err(answer.stderr) }
+        });
+        lab.start(Daemon::Target);
+        lab
+    }
+
+    /// A path in the lab's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The configuration folder of a side.
+    pub fn config_dir(&self, side: Side) -> PathBuf {
+        self.path(match side {
+            Side::Site => "site",
+            Side::Server => "server",
+        })
+    }
+
+    /// Control's address.
+    pub fn address(&self) -> String {
+        let host = if self.network.is_some() { SITE_ADDRESS } else { "127.0.0.1" };
+        format!("{host}:{}", self.port)
+    }
+
+    /// The port on which agents reach the target.
+    pub fn target_port(&self) -> u16 {
+        self.port + 1
+    }
+
+    /// The link between the two sides.
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("a lab on a network")
+    }
+
+    fn command(&self, side: Side) -> Command {
+        let binary = binary();
+        let program = binary.to_str().expect("UTF-8");
+        let mut command = match (&self.network, side) {
+            (None, _) => Command::new(program),
+            (Some(network), Side::Site) => network.on_site(program),
+            (Some(network), Side::Server) => network.on_server(program),
+        };
+        command.arg("--config-dir").arg(self.config_dir(side));
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn cli(&self, side: Side, arguments: &[&str]) -> Outcome {
+        let output = self.command(side).args(arguments).stdin(Stdio::null()).output();
+        outcome(output.expect("the built binary runs"))
+    }
+
+    /// Starts a daemon; any earlier one of its kind must be gone.
+    pub fn start(&mut self, daemon: Daemon) {
+        let side = if daemon == Daemon::Replicate { Side::Server } else { Side::Site };
+        let child = Child::spawn(daemon.word(), self.command(side).arg(daemon.word()));
+        let before = self.daemons.insert(daemon, child);
+        assert!(before.is_none(), "{daemon:?} already runs");
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self, daemon: Daemon) {
+        self.daemons.remove(&daemon).expect("it runs").kill();
+    }
+
+    /// SIGTERM; it must end cleanly.
+    pub fn stop(&mut self, daemon: Daemon) {
+        let child = self.daemons.remove(&daemon).expect("it runs");
+        let status = child.terminate();
+        assert!(status.success(), "{daemon:?} did not end cleanly on SIGTERM: {status}");
+    }
+
+    /// A fresh token for an agent.
+    pub fn token(&self) -> String {
+        let token = self.cli(Side::Site, &["token", "--json", "--yes"]).ok().json();
+        token["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// Tries to join with `token` as `name`.
+    pub fn try_join(&self, token: &str, name: &str) -> Outcome {
+        let address = self.address();
+        self.cli(Side::Server, &["join", &address, "--token", token, "--name", name, "--yes"])
+    }
+
+    /// Joins as [`SERVER`] and starts the agent.
+    pub fn join(&mut self) {
+        self.try_join(&self.token(), SERVER).ok();
+        self.start(Daemon::Replicate);
+    }
+
+    /// Protects a device of the server.
+    pub fn protect(&self, device: &Path, more: &[&str]) -> Outcome {
+        let device = device.to_str().expect("UTF-8");
+        let words = ["protect", SERVER, "--volumes", device, "--yes"];
+        self.cli(Side::Site, &[&words, more].concat())
+    }
+
+    /// `status` of the server.
+    pub fn status(&self) -> Result<ServerStatus, String> {
+        let answer = self.cli(Side::Site, &["status", SERVER, "--json"]);
+        if answer.code != 0 {
+            return Err(answer.stderr);
+        }
+        let mut status: Status =
+            serde_json::from_str(&answer.stdout).map_err(|e| format!("{e}: {}", answer.stdout))?;
+        status.servers.pop().ok_or_else(|| "no server in the status".to_owned())
+    }
+
+    /// Waits until the server's status is as wanted; gives it back.
+    pub fn wait(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&ServerStatus) -> bool,
+    ) -> ServerStatus {
+        let end = std::time::Instant::now() + limit;
+        loop {
+            let seen = self.status();
+            match &seen {
+                Ok(status) if wanted(status) => return status.clone(),
+                _ => self.complain_of_ended_daemons(),
+            }
+            assert!(
+                std::time::Instant::now() < end,
+                "waited {limit:?} in vain until {what}; last seen: {seen:#?}"
+            );
+            std::thread::sleep(crate::POLL);
+        }
+    }
+
+    fn complain_of_ended_daemons(&mut self) {
+        for (daemon, child) in &mut self.daemons {
+            if let Some(status) = child.ended() {
+                panic!("{daemon:?} ended by itself: {status}\n{}", child.log());
+            }
+        }
+    }
+
+    /// Waits until the first volume has committed an epoch after `epoch`.
+    pub fn wait_for_epoch_after(&mut self, epoch: u64, limit: Duration) -> u64 {
+        let what = format!("an epoch after {epoch} is committed");
+        let status = self.wait(&what, limit, |status| epoch_of(status) > epoch);
+        epoch_of(&status)
+    }
+
+    /// Waits until the replica volume holds the newest committed epoch; returns its path.
+    pub fn wait_until_promoted(&mut self, limit: Duration) -> PathBuf {
+        let status = self.wait("all is promoted", limit, |status| {
+            status
+                .volumes
+                .iter()
+                .all(|volume| volume.epoch.is_some() && volume.epoch == volume.promoted_epoch)
+        });
+        status.volumes[0].replica.clone().expect("a replica volume").into()
+    }
+
+    /// `cut --wait`; returns the point's id.
+    pub fn cut(&self) -> String {
+        let answer = self.cli(Side::Site, &["cut", SERVER, "--wait", "--json", "--yes"]).ok();
+        let point = &answer.json()["point"];
+        let id = point.as_str().or_else(|| point["id"].as_str());
+        id.unwrap_or_else(|| panic!("no point in {}", answer.stdout)).to_owned()
+    }
+
+    /// The recovery points.
+    pub fn points(&self) -> Points {
+        let answer = self.cli(Side::Site, &["points", SERVER, "--json"]).ok();
+        serde_json::from_str(&answer.stdout).expect("the points document")
+    }
+
+    /// What the daemons said last.
+    pub fn logs(&self) -> String {
+        self.daemons.values().map(Child::log).collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Default for Lab {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.daemons.clear();
+        // What is pinned in the kernel outlives the agent by design.
+        if let Some(id) = server_id(&self.config_dir(Side::Server)) {
+            let _ = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/secondsite").join(id));
+        }
+    }
+}
+
+/// Newest committed epoch of the first volume; 0 before.
+pub fn epoch_of(status: &ServerStatus) -> u64 {
+    status.volumes.first().and_then(|volume| volume.epoch).unwrap_or(0)
+}
+
+/// The agent's id, from the assignment that it keeps on disk.
+fn server_id(dir: &Path) -> Option<String> {
+    for entry in std::fs::read_dir(dir).ok()?.flatten() {
+        let path = entry.path();
+        let found = if path.is_dir() {
+            server_id(&path)
+        } else if path.extension().is_some_and(|e| e == "json") {
+            let document: Option<Value> =
+                std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
+            document.and_then(|d| {
+                let id = d.pointer("/content/server_id").or_else(|| d.get("server_id"))?;
+                Some(id.as_str()?.to_owned())
+            })
+        } else {
+            None
+        };
+        if found.as_ref().is_some_and(|id| id.len() == 32) {
+            return found;
+        }
+    }
+    None
+}
+
+/// `target/release/secondsite`, two folders above the test's own binary.
+fn binary() -> PathBuf {
+    let own = std::env::current_exe().expect("our own path");
+    let binary = own.parent().and_then(Path::parent).expect("deps/").join("secondsite");
+    assert!(binary.exists(), "{}: build it first: cargo build --release", binary.display());
+    binary
+}
+
+fn outcome(output: Output) -> Outcome {
+    Outcome {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A free port whose successor is free too, below the range of outgoing connections.
+fn free_port() -> u16 {
+    let mut random = crate::random::Random::seeded(u64::from(std::process::id()));
+    loop {
+        let port = 20_000 + random.below(10_000) as u16;
+        let free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if free(port) && free(port + 1) {
+            return port;
+        }
+    }
+}
