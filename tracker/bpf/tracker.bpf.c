@@ -43,6 +43,7 @@ enum {
 	OP_MASK = 0xff,
 	OP_WRITE_BIT = 1, // as the kernel's op_is_write()
 	OP_DISCARD = 3,
+	OP_WRITE_ZEROES = 9,
 	OP_DRV_OUT = 35,
 
 	MAP_ARRAY = 2,
@@ -76,6 +77,7 @@ volatile const u64 cfg_first = 0, cfg_sectors = 0; // where the volume lies on i
 volatile const u32 cfg_partition = 0; // writes beside the volume are somebody else's
 volatile const u32 cfg_block_shift = 12;
 volatile const u32 cfg_bio_based = 0; // completes bios, not requests
+volatile const u32 cfg_uncounted_zeroes = 0; // the driver (zram) counts no discards, nor zeroes as writes
 volatile const u32 cfg_completion_marks = 1; // 0 only in a test that shows what they are for
 
 #define ARRAY(name, entries) \
@@ -170,6 +172,12 @@ INLINE void mark(u32 copy, u64 sector, u64 bytes)
 	mark_word(copy, last_word, tail);
 }
 
+// What is counted with the discards and not with the writes.
+INLINE int with_discards(u32 op)
+{
+	return op == OP_DISCARD || (cfg_uncounted_zeroes && op == OP_WRITE_ZEROES);
+}
+
 INLINE int is_ours(struct gendisk *disk)
 {
 	return disk->first_minor == cfg_minor && disk->major == cfg_major;
@@ -208,7 +216,7 @@ INLINE int on_queue(u32 copy, struct bio *bio)
 		if (bpf_map_update_elem(&stash, &key, &extent, 0))
 			count(copy, C_DOUBT_STASH, 1);
 	}
-	count(copy, op == OP_DISCARD ? C_QUEUED_DISCARD : C_QUEUED, bytes >> SECTOR_SHIFT);
+	count(copy, with_discards(op) ? C_QUEUED_DISCARD : C_QUEUED, bytes >> SECTOR_SHIFT);
 	return 0;
 }
 
@@ -238,7 +246,7 @@ INLINE int on_request(u32 copy, struct request *rq, u32 bytes)
 		mark(copy, rq->__sector, bytes);
 	}
 	if (!cfg_bio_based)
-		count(copy, op == OP_DISCARD ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
+		count(copy, with_discards(op) ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
 	return 0;
 }
 
@@ -266,14 +274,14 @@ INLINE int on_bio(u32 copy, struct bio *bio)
 		}
 		if (cfg_completion_marks)
 			mark(copy, sector, bytes);
-		count(copy, op == OP_DISCARD ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
+		count(copy, with_discards(op) ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
 		return 0;
 	}
 	if (!bytes || !is_ours(bio->bi_bdev->bd_disk))
 		return 0;
 	if (cfg_completion_marks)
 		mark(copy, sector, bytes);
-	count(copy, op == OP_DISCARD ? C_FAILED_DISCARD : C_FAILED, bytes >> SECTOR_SHIFT);
+	count(copy, with_discards(op) ? C_FAILED_DISCARD : C_FAILED, bytes >> SECTOR_SHIFT);
 	return 0;
 }
 

@@ -68,6 +68,7 @@ pub struct Ebpf {
     _programs: Vec<BtfTracePoint>,
     kernel: kernel::Counters,
     bio_based: bool,
+    uncounted_zeroes: bool,
     /// Where the counters stood when they were last seen unequal with nothing in flight.
     unequal: Mutex<Option<audit::Stuck>>,
 }
@@ -148,6 +149,7 @@ impl Ebpf {
             _programs: pinned.programs,
             kernel,
             bio_based: plan.bio_based,
+            uncounted_zeroes: plan.uncounted_zeroes,
             unequal: Mutex::new(None),
         })
     }

@@ -9,8 +9,8 @@
 //! or had been marked before it was counted, and the scan finds it. The other way round proves
 //! nothing.
 //!
-//! Discards of bio-based devices are held against what was queued only: not all such drivers
-//! (zram) count them.
+//! Discards and zeroes of zram are held against what was queued only: its driver does not count
+//! them.
 
 use super::pins::{COPIES, COUNTERS, PROGRAMS_PER_COPY};
 use super::{Audit, Ebpf, EbpfError};
@@ -140,7 +140,8 @@ impl Ebpf {
         if self.kernel.diskseq()? != self.device.diskseq {
             return Ok(Audit::Gap("another disk has its number now".into()));
         }
-        if !self.kernel.is_counting()? {
+        // Bio-based drivers count, or not, by themselves: a difference says so.
+        if !self.bio_based && !self.kernel.is_counting()? {
             return Ok(Audit::Gap(
                 "the kernel does not count its writes: set queue/iostats to 1".into(),
             ));
@@ -244,7 +245,7 @@ impl Ebpf {
             let [queued, queued_discard, done, done_discard, failed, failed_discard, doubts @ ..] =
                 &before[copy];
             let ended = [done.wrapping_add(*failed), done_discard.wrapping_add(*failed_discard)];
-            let counted = if self.bio_based { *done_discard } else { kernel[1] };
+            let counted = if self.uncounted_zeroes { *done_discard } else { kernel[1] };
             offsets[KERNEL[0]] = kernel[0].wrapping_sub(*done);
             offsets[KERNEL[1]] = counted.wrapping_sub(*done_discard);
             offsets[QUEUE[0]] = queued.wrapping_sub(ended[0]);

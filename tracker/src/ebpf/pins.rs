@@ -47,6 +47,8 @@ pub(super) struct Plan {
     sectors: u64,
     is_partition: bool,
     pub bio_based: bool,
+    /// The driver counts no discards, and no zeroes as writes.
+    pub uncounted_zeroes: bool,
     options: Options,
 }
 
@@ -75,6 +77,7 @@ impl Plan {
             sectors: device.size_bytes >> 9,
             is_partition: device.is_partition(),
             bio_based: is_bio_based(device)?,
+            uncounted_zeroes: disk_name(device).starts_with("zram"),
             options,
         })
     }
@@ -93,14 +96,17 @@ impl Plan {
 /// Devices without hardware queues end bios, not requests.
 fn is_bio_based(device: &Device) -> Result<bool, String> {
     let bio_based = !device.disk_sysfs().join("mq").exists();
-    let name = device.disk.2.file_name().unwrap_or_default().to_string_lossy();
-    if bio_based && name.starts_with("nvme") {
+    if bio_based && disk_name(device).starts_with("nvme") {
         // Its bios end as requests of the paths below, under other device numbers.
         return Err("several NVMe paths lie below it, and its writes end there: it can only be \
                     compared, or tracked as an LVM volume on top of it"
             .into());
     }
     Ok(bio_based)
+}
+
+fn disk_name(device: &Device) -> std::borrow::Cow<'_, str> {
+    device.disk.2.file_name().unwrap_or_default().to_string_lossy()
 }
 
 /// A pinned set, opened.
@@ -212,6 +218,7 @@ fn set_whole(dir: &Path, whole: bool) -> io::Result<()> {
 fn load(plan: &Plan) -> Result<aya::Ebpf, String> {
     let flag = |set: bool| u32::from(set);
     let (partition, bio_based) = (flag(plan.is_partition), flag(plan.bio_based));
+    let uncounted_zeroes = flag(plan.uncounted_zeroes);
     let completion_marks = flag(plan.options.completion_marks);
     let block_shift = plan.block_bytes.trailing_zeros();
     let mut loader = EbpfLoader::new();
@@ -223,6 +230,7 @@ fn load(plan: &Plan) -> Result<aya::Ebpf, String> {
         .override_global("cfg_partition", &partition, true)
         .override_global("cfg_block_shift", &block_shift, true)
         .override_global("cfg_bio_based", &bio_based, true)
+        .override_global("cfg_uncounted_zeroes", &uncounted_zeroes, true)
         .override_global("cfg_completion_marks", &completion_marks, true)
         .map_max_entries("stash", if plan.bio_based { STASH_ENTRIES } else { 1 });
     for (name, words) in plan.maps() {
@@ -252,6 +260,7 @@ pub(super) fn try_load() -> Result<(), String> {
         sectors: 8,
         is_partition: false,
         bio_based: true,
+        uncounted_zeroes: false,
         options: Options { completion_marks: true },
     };
     let needs = |cause: String| {

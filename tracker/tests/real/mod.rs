@@ -107,7 +107,7 @@ pub fn range_ioctl(device: &File, request: libc::Ioctl, start: u64, bytes: u64) 
 }
 
 /// Writes at random until `stop`: mostly single blocks, some runs, some discards and zeroes.
-pub fn write_randomly(path: &Path, bytes: u64, seed: u64, stop: &dyn Fn() -> bool) -> u64 {
+pub fn write_randomly(path: &Path, bytes: u64, seed: u64, stop: &mut dyn FnMut() -> bool) -> u64 {
     let device = open_direct(path, true);
     let (mut random, mut memory) = (Random(seed), Aligned::new(1 << 20));
     let (blocks, mut writes) = (bytes / BLOCK, 0);
