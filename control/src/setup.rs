@@ -7,7 +7,7 @@ use crate::clock::{Clock, SystemClock};
 use crate::deployment::Deployment;
 use crate::files;
 use crate::ids;
-use crate::pki::{self, Role, is_name};
+use crate::pki::{self, Identity, Role, is_name};
 use crate::run::CONTROL;
 use crate::store::{self, Store, access, audit, targets};
 use crate::token::TOKEN_SECONDS_MAX;
@@ -88,6 +88,25 @@ pub struct SetupReply {
 /// Makes the deployment. Not from inside an asynchronous runtime.
 pub fn setup(request: &SetupRequest) -> anyhow::Result<SetupReply> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(make(request))
+}
+
+/// Gives the target or the operator of this host a fresh certificate for the same role, without
+/// asking control: for one that ended because nothing was used for too long. Needs the authority's
+/// key, so only root on control's host can. Not from inside an asynchronous runtime.
+pub fn reissue(pki_dir: &Path, db: &Path, name: &str) -> anyhow::Result<()> {
+    let reissue = async {
+        let role = Identity::load(pki_dir, name)?.role;
+        let clock = Arc::new(SystemClock);
+        let authority = Authority::load(pki_dir, CERTIFICATE_LIFE_MAX)?;
+        let deployment = Deployment::new(Store::open(db).await?, authority, clock).await?;
+        let mut tx = deployment.store.begin().await?;
+        identity(&deployment, &mut tx, pki_dir, name, &role, &[]).await?;
+        audit(&mut tx, deployment.now(), "setup", &format!("reissued {role}")).await?;
+        tx.commit().await?;
+        deployment.store.close().await;
+        Ok(())
+    };
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(reissue)
 }
 
 async fn make(request: &SetupRequest) -> anyhow::Result<SetupReply> {
