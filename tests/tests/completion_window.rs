@@ -10,7 +10,8 @@ use secondsite_tracker::ebpf::{Audit, Ebpf, Options};
 use secondsite_tracker::marks::{BlockRun, Marks};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const RUNS: u32 = 10;
@@ -109,11 +110,14 @@ fn read(reader: &File, run: BlockRun, copy: &mut [u8]) {
 }
 
 /// A folder for pins of our own, emptied when dropped.
-struct Pins(std::path::PathBuf);
+struct Pins(PathBuf);
 
 impl Pins {
     fn new() -> Self {
-        Self(format!("/sys/fs/bpf/secondsite/test-{}/window", std::process::id()).into())
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let own = format!("test-{}-{number}", std::process::id());
+        Self(Path::new("/sys/fs/bpf/secondsite").join(own).join("window"))
     }
 
     fn path(&self) -> &Path {
