@@ -45,12 +45,14 @@ pub fn take(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
         return Err(InventoryError::Run(text));
     }
     let mut devices = read(&output.stdout, &Host { ebpf: Ebpf::supported() })?;
-    if !allow.is_empty() {
-        let resolve = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-        let allowed: HashSet<PathBuf> = allow.iter().map(|path| resolve(path)).collect();
-        devices.retain(|device| allowed.contains(&resolve(Path::new(&device.path))));
-    }
+    devices.retain(|device| allows(allow, Path::new(&device.path)));
     Ok(devices)
+}
+
+/// Whether an allow list (empty: everything) admits a device; links are followed on both sides.
+pub fn allows(allow: &[PathBuf], device: &Path) -> bool {
+    let resolve = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    allow.is_empty() || allow.iter().any(|path| resolve(path) == resolve(device))
 }
 
 /// What is asked of the host besides `lsblk`.

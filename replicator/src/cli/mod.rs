@@ -1,3 +1,109 @@
-//! cli
+//! The command line: what scripts and people rely on.
+//!
+//! Each command is a function of its own module that prints its result and returns; everything that
+//! goes wrong is a [`failure::Failure`], which only [`main`] prints. Commands use nothing but
+//! control's public API.
+
+pub mod args;
 pub mod failure;
+mod join;
+mod operator;
+mod orders;
+pub mod output;
+mod points;
+mod protect;
+mod setup;
+mod status;
+mod token;
 pub mod units;
+
+use crate::config::{ConfigError, Paths};
+use crate::daemon;
+use args::{Cli, Command, Global};
+use clap::Parser;
+use clap::error::ErrorKind;
+use failure::{Exit, Failure};
+use std::process::ExitCode;
+
+/// What every command is given besides its own arguments.
+pub struct Context {
+    /// Where configuration, state and sockets lie.
+    pub paths: Paths,
+    /// One document on stdout instead of text.
+    pub json: bool,
+    /// Questions are answered with yes.
+    pub yes: bool,
+}
+
+impl Context {
+    fn new(global: &Global) -> Self {
+        Self { paths: Paths::of(&global.config_dir), json: global.json, yes: global.yes }
+    }
+
+    /// A command of ours that uses this configuration, for hints.
+    pub fn command(&self, rest: &str) -> String {
+        format!("secondsite {rest}{}", self.paths.argument())
+    }
+}
+
+/// Parses the arguments, runs the command, prints what went wrong.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let context = Context::new(&cli.global);
+    match run(&context, cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::talk(&failure.to_string());
+            if context.json && failure.exit != Exit::DataDiffers {
+                output::document(&failure.json());
+            }
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn run(context: &Context, command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Setup(args) => setup::run(context, &args),
+        Command::Control => daemon::control::run(&context.paths),
+        Command::Target => daemon::target::run(&context.paths),
+        Command::Replicate => daemon::replicate::run(&context.paths),
+        Command::Token(args) => token::run(context, &args),
+        Command::Join(args) => join::run(context, &args),
+        Command::Protect(args) => protect::protect(context, &args),
+        Command::Unprotect(args) => protect::unprotect(context, &args),
+        Command::Status(args) => status::run(context, &args),
+        Command::Points(args) => points::run(context, &args.server),
+        Command::Cut(args) => orders::cut(context, &args),
+        Command::Verify(args) => orders::verify(context, &args.server),
+    }
+}
+
+/// Help and version go to stdout and succeed; everything else is wrong usage.
+fn usage(error: &clap::Error) -> ExitCode {
+    // A closed stream is no reason for another exit code.
+    let _ = error.print();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+        _ => ExitCode::from(Exit::Usage as u8),
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        let failure = Self::new(Exit::Config, error.to_string());
+        match error {
+            ConfigError::Read { absent: true, .. } => failure.hint(
+                "secondsite setup --store DIR (second site) or secondsite join ADDR:PORT --token T \
+                 (server to protect), or name another folder with --config-dir",
+            ),
+            ConfigError::UnknownKey { nearest: Some(key), file, .. } => {
+                failure.hint(format!("write `{key}` in {}", file.display()))
+            }
+            _ => failure,
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! The arguments of every command.
+
+use super::units::{parse_bytes, parse_seconds};
+use crate::config::DEFAULT_CONFIG_DIR;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use secondsite_control::api::TrackerChoice;
+use secondsite_format::limits::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Longest life of a token, seconds.
+const TOKEN_SECONDS_MAX: u64 = 3600;
+
+/// Disaster recovery for physical Linux servers.
+#[derive(Debug, Parser)]
+#[command(name = "secondsite", version, about, propagate_version = true)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command, before or after its own.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Folder of the configuration; with another than this, state and sockets lie below it
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_CONFIG_DIR)]
+    pub config_dir: PathBuf,
+    /// Print one JSON document on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Answer questions with yes
+    #[arg(long, global = true)]
+    pub yes: bool,
+}
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make this host the second site: authority, control, target, store
+    Setup(SetupArgs),
+    /// Run the control server in the foreground
+    Control,
+    /// Run the target in the foreground
+    Target,
+    /// Run the agent in the foreground
+    Replicate,
+    /// Make a one-time token for a machine that is to join
+    Token(TokenArgs),
+    /// Make this server known to control; nothing is replicated yet
+    Join(JoinArgs),
+    /// Replicate volumes of a server
+    Protect(ProtectArgs),
+    /// Stop replicating a server; its replica and points stay
+    Unprotect(UnprotectArgs),
+    /// What is protected, and how well
+    Status(StatusArgs),
+    /// Recovery points of a server, oldest first
+    Points(ServerArgs),
+    /// Make a recovery point now
+    Cut(CutArgs),
+    /// Compare a server with its newest recovery point
+    Verify(ServerArgs),
+}
+
+/// `setup`.
+#[derive(Debug, Args)]
+pub struct SetupArgs {
+    /// Where replicas and journals are kept
+    #[arg(long, value_name = "DIR")]
+    pub store: PathBuf,
+    /// Where control listens
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:7443")]
+    pub listen: SocketAddr,
+    /// Where the target listens [default: control's address, port + 1]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub target_listen: Option<SocketAddr>,
+    /// Configure only, start nothing
+    #[arg(long)]
+    pub no_start: bool,
+    /// Check this host, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `token`.
+#[derive(Debug, Args)]
+pub struct TokenArgs {
+    /// What joins with it
+    #[arg(long, value_enum, default_value = "agent")]
+    pub role: TokenRole,
+    /// How long it is good for, at most 1h
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = token_life)]
+    pub ttl: u64,
+}
+
+/// Roles that join by token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokenRole {
+    /// A server to protect.
+    Agent,
+    /// A target on another host.
+    Target,
+    /// A relay.
+    Relay,
+}
+
+/// `join`.
+#[derive(Debug, Args)]
+pub struct JoinArgs {
+    /// Where control listens
+    #[arg(value_name = "ADDR:PORT", value_parser = host_port)]
+    pub control: String,
+    /// The token, or - to read it from stdin
+    #[arg(long, value_name = "TOKEN|-")]
+    pub token: String,
+    /// Name of this server [default: its host name]
+    #[arg(long, value_parser = server_name)]
+    pub name: Option<String>,
+    /// Show what would be reported, join nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `protect`.
+#[derive(Debug, Args)]
+pub struct ProtectArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// Device paths, or all (whole disks, without loop devices)
+    #[arg(long, value_name = "PATH[,PATH]|all", required = true, value_delimiter = ',')]
+    pub volumes: Vec<String>,
+    /// The goal: how much may be lost, as time
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = goal)]
+    pub rpo: u64,
+    /// How long recovery points are kept
+    #[arg(long, value_enum, default_value = "none")]
+    pub keep: Keep,
+    /// How writes are followed
+    #[arg(long, value_enum, default_value = "auto")]
+    pub tracker: Tracker,
+    /// Unit of tracking, a power of two [default: 4KiB up to 4 TiB, 16KiB above]
+    #[arg(long, value_name = "SIZE", value_parser = block_size)]
+    pub block_size: Option<u32>,
+    /// Replicate swap partitions too
+    #[arg(long)]
+    pub include_swap: bool,
+    /// Show the plan, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// How long recovery points are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Keep {
+    /// The newest exact point is promoted as soon as it is committed.
+    None,
+}
+
+/// How writes are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Tracker {
+    /// The best that the host offers.
+    Auto,
+    /// eBPF or refuse.
+    Ebpf,
+    /// By schedule, reading everything.
+    Compare,
+}
+
+impl From<Tracker> for TrackerChoice {
+    fn from(tracker: Tracker) -> Self {
+        match tracker {
+            Tracker::Auto => Self::Auto,
+            Tracker::Ebpf => Self::Ebpf,
+            Tracker::Compare => Self::Compare,
+        }
+    }
+}
+
+/// `unprotect`.
+#[derive(Debug, Args)]
+pub struct UnprotectArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// Say what would be stopped, change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Name of a server; all without one
+    #[arg(value_parser = server_name)]
+    pub server: Option<String>,
+    /// Go on until interrupted
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// A command about one server.
+#[derive(Debug, Args)]
+pub struct ServerArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+}
+
+/// `cut`.
+#[derive(Debug, Args)]
+pub struct CutArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// Wait until the point is committed, listed and exact
+    #[arg(long)]
+    pub wait: bool,
+}
+
+fn server_name(text: &str) -> Result<String, String> {
+    if secondsite_control::pki::is_name(text) {
+        Ok(text.to_string())
+    } else {
+        Err("a name has 1 to 64 of A-Z a-z 0-9 . _ -".into())
+    }
+}
+
+fn host_port(text: &str) -> Result<String, String> {
+    let good = text.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
+    });
+    if good { Ok(text.to_string()) } else { Err("expected ADDR:PORT, such as dr1:7443".into()) }
+}
+
+fn token_life(text: &str) -> Result<u64, String> {
+    match parse_seconds(text).map_err(|error| error.to_string())? {
+        seconds @ 1..=TOKEN_SECONDS_MAX => Ok(seconds),
+        _ => Err("a token is good for 1s to 1h".into()),
+    }
+}
+
+fn goal(text: &str) -> Result<u64, String> {
+    match parse_seconds(text).map_err(|error| error.to_string())? {
+        0 => Err("a goal is at least 1s".into()),
+        seconds => Ok(seconds),
+    }
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let bytes = parse_bytes(text).map_err(|error| error.to_string())?;
+    match u32::try_from(bytes) {
+        Ok(bytes @ BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX) if bytes.is_power_of_two() => Ok(bytes),
+        _ => Err("a block size is a power of two from 4KiB to 1MiB".into()),
+    }
+}

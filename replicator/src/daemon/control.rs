@@ -1,0 +1,114 @@
+//! `secondsite control`: the control server, in the foreground.
+
+use super::init::{self, Signals};
+use super::lock::Lock;
+use crate::cli::failure::{Exit, Failure};
+use crate::config::{ControlConfig, Paths};
+use secondsite_control::run::{self, CONTROL};
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+/// Threads that answer requests.
+const WORKERS: usize = 2;
+/// How often the runtime shows that it goes round, for the watchdog.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// File of the database.
+const DATABASE: &str = "control.db";
+
+/// Runs until SIGTERM or SIGINT.
+pub fn run(paths: &Paths) -> Result<(), Failure> {
+    let config = ControlConfig::load(paths)?;
+    let _lock = Lock::take(paths, CONTROL)?;
+    let signals = Signals::block()?;
+    init::start_log();
+
+    let mut settings =
+        run::ControlConfig::new(config.listen, database(paths, &config), paths.pki.clone());
+    settings.hosts = hosts(config.listen);
+    settings.certificate_life = config.certificate_life;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(Exit::Failed, format!("start of the runtime: {error}")))?;
+
+    let began = Instant::now();
+    let beat = Arc::new(AtomicU64::new(0));
+    let beating = Arc::clone(&beat);
+    runtime.spawn(async move {
+        loop {
+            beating.store(began.elapsed().as_millis() as u64, Ordering::Relaxed);
+            tokio::time::sleep(HEARTBEAT).await;
+        }
+    });
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (ready, when_ready) = mpsc::channel();
+    let server = runtime.spawn(run::run(
+        settings,
+        async move {
+            // Dropped or sent: both mean the end.
+            let _ = stopped.await;
+        },
+        move |address| {
+            // The main thread waits for this as long as the server lives.
+            let _ = ready.send(address);
+        },
+    ));
+    // The sender is dropped when the server ends without having been ready.
+    if let Ok(address) = when_ready.recv() {
+        tracing::info!("control listens on {address}, version {}", env!("CARGO_PKG_VERSION"));
+        let idle = || {
+            Duration::from_millis(began.elapsed().as_millis() as u64 - beat.load(Ordering::Relaxed))
+        };
+        init::serve_until_signal(
+            &signals,
+            || (!server.is_finished()).then(idle),
+            || format!("listening on {address}"),
+        );
+    }
+    drop(stop);
+    match runtime.block_on(server) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(failed(config.listen, &error)),
+        Err(panic) => Err(Failure::new(Exit::Failed, format!("control: {panic}"))),
+    }
+}
+
+/// Control's database.
+pub fn database(paths: &Paths, config: &ControlConfig) -> PathBuf {
+    config.store.as_ref().unwrap_or(&paths.state).join(DATABASE)
+}
+
+/// Names and addresses of this host in control's certificate; the first is the one that people
+/// dial.
+pub fn hosts(listen: SocketAddr) -> Vec<String> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = host.trim();
+    let mut hosts = Vec::new();
+    if !listen.ip().is_unspecified() {
+        hosts.push(listen.ip().to_string());
+    }
+    // A name that could not stand in a certificate is left out.
+    if secondsite_control::pki::is_name(host) && !host.contains('_') {
+        hosts.push(host.to_string());
+    }
+    hosts.push("localhost".into());
+    hosts
+}
+
+fn failed(listen: SocketAddr, error: &anyhow::Error) -> Failure {
+    let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    let failure = |exit| Failure::new(exit, format!("control: {error:#}"));
+    match kind.map(std::io::Error::kind) {
+        Some(ErrorKind::AddrInUse) => failure(Exit::Unavailable)
+            .still("replication goes on without control")
+            .hint(format!("end what listens on {listen}, or change `listen` in control.toml")),
+        Some(ErrorKind::PermissionDenied) => failure(Exit::Permission).hint("run as root"),
+        Some(ErrorKind::NotFound) => failure(Exit::Config).hint("secondsite setup --store DIR"),
+        _ => failure(Exit::Failed),
+    }
+}

@@ -1,0 +1,57 @@
+//! One daemon of a role per configuration.
+//!
+//! A record lock of the process, not of the open file: a child that a killed daemon leaves behind
+//! for a moment does not hold it, so nothing left behind hinders a start. The file stays; only
+//! the lock counts. The file must not be opened a second time in this process (that would drop it).
+
+use crate::cli::failure::{Exit, Failure};
+use crate::config::Paths;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+
+/// Held as long as the daemon runs.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes the lock of `role`, or says which process has it.
+    pub fn take(paths: &Paths, role: &str) -> Result<Self, Failure> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&paths.run)
+            .map_err(|error| Failure::io("create", &paths.run, &error))?;
+        let path = paths.run.join(format!("{role}.lock"));
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| Failure::io("open", &path, &error))?;
+        let mut lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        match fcntl(&file, FcntlArg::F_SETLK(&lock)) {
+            Ok(_) => return Ok(Self { _file: file }),
+            Err(Errno::EAGAIN | Errno::EACCES) => {}
+            Err(error) => return Err(Failure::io("lock", &path, &error.into())),
+        }
+        let holder = match fcntl(&file, FcntlArg::F_GETLK(&mut lock)) {
+            Ok(_) if lock.l_pid > 0 => format!(" (process {})", lock.l_pid),
+            _ => String::new(),
+        };
+        let what = format!("another {role} daemon{holder} runs with {}", paths.config.display());
+        Err(Failure::new(Exit::TryLater, what)
+            .still("the one that runs is not affected")
+            .hint("stop that one first, or give this one its own --config-dir"))
+    }
+}

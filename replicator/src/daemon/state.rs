@@ -1,0 +1,115 @@
+//! What a daemon must know after a restart: JSON documents with a format number, written whole.
+//!
+//! Invariants: a file is either the old or the new one (beside, fsync, rename, fsync of the folder);
+//! a newer format is refused and left as it is.
+
+use crate::cli::failure::{Exit, Failure};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Format of every document here.
+const FORMAT: u64 = 1;
+const FORMAT_KEY: &str = "format";
+const CONTENT_KEY: &str = "content";
+
+/// The state folder of one role.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    dir: PathBuf,
+}
+
+impl StateDir {
+    /// Opens (and makes) the folder of `role` below `state`.
+    pub fn open(state: &Path, role: &str) -> Result<Self, Failure> {
+        let dir = state.join(role);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|error| Failure::io("create", &dir, &error))?;
+        Ok(Self { dir })
+    }
+
+    /// Path of a document.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.json"))
+    }
+
+    /// Reads a document; none if it was never written.
+    pub fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, Failure> {
+        let path = self.path(name);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Failure::io("read", &path, &error)),
+        };
+        let damaged = |why: &dyn std::fmt::Display| {
+            Failure::new(Exit::DataDiffers, format!("{} is damaged: {why}", path.display())).hint(
+                format!("move {} away; what it held comes again from control", path.display()),
+            )
+        };
+        let mut document: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
+        let found = document[FORMAT_KEY].as_u64().ok_or_else(|| damaged(&"no format number"))?;
+        if found > FORMAT {
+            let what = format!(
+                "{} has format {found}, this Secondsite reads up to {FORMAT}: it was written by a newer one",
+                path.display()
+            );
+            return Err(Failure::new(Exit::Config, what)
+                .still("the file was left as it is")
+                .hint("install the newer Secondsite again"));
+        }
+        serde_json::from_value(document[CONTENT_KEY].take()).map(Some).map_err(|e| damaged(&e))
+    }
+
+    /// Writes a document, durably.
+    pub fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), Failure> {
+        let path = self.path(name);
+        let document = serde_json::json!({ FORMAT_KEY: FORMAT, CONTENT_KEY: content });
+        let write = || -> std::io::Result<()> {
+            let beside = path.with_added_extension("new");
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&beside)?;
+            serde_json::to_writer(&mut file, &document)?;
+            file.write_all(b"\n")?;
+            file.sync_all()?;
+            std::fs::rename(&beside, &path)?;
+            File::open(&self.dir)?.sync_all()
+        };
+        write().map_err(|error| Failure::io("write", &path, &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::StateDir;
+    use crate::cli::failure::Exit;
+
+    #[test]
+    fn documents_come_back_and_newer_ones_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path(), "agent").unwrap();
+        assert_eq!(state.read::<Vec<u32>>("orders").unwrap(), None);
+        state.write("orders", &vec![1, 2]).unwrap();
+        state.write("orders", &vec![3]).unwrap();
+        assert_eq!(state.read::<Vec<u32>>("orders").unwrap(), Some(vec![3]));
+
+        let newer = r#"{"format": 2, "content": {"other": true}}"#;
+        std::fs::write(state.path("orders"), newer).unwrap();
+        let failure = state.read::<Vec<u32>>("orders").unwrap_err();
+        assert_eq!(failure.exit, Exit::Config);
+        assert_eq!(std::fs::read_to_string(state.path("orders")).unwrap(), newer);
+
+        std::fs::write(state.path("orders"), "{\"form").unwrap();
+        assert_eq!(state.read::<Vec<u32>>("orders").unwrap_err().exit, Exit::DataDiffers);
+    }
+}

@@ -1,0 +1,85 @@
+//! `secondsite target`: the target, in the foreground.
+
+use super::control_link::{Link, Shared, Side};
+use super::init::{self, Signals};
+use super::lock::Lock;
+use super::state::StateDir;
+use super::target_side::{ASSIGNMENT, TargetSide};
+use crate::cli::failure::{Exit, Failure};
+use crate::config::{Paths, TargetConfig};
+use crate::target;
+use secondsite_control::api::TargetAssignment;
+use secondsite_control::pki::{Identity, Role};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Runs until SIGTERM or SIGINT.
+pub fn run(paths: &Paths) -> Result<(), Failure> {
+    let config = TargetConfig::load(paths)?;
+    let identity = identity(paths)?;
+    let state = StateDir::open(&paths.state, TargetSide::ROLE)?;
+    let _lock = Lock::take(paths, TargetSide::ROLE)?;
+    let signals = Signals::block()?;
+    init::start_log();
+    tracing::info!("target at {}, version {}", config.listen, env!("CARGO_PKG_VERSION"));
+
+    let nothing = TargetAssignment { version: 0, servers: Vec::new() };
+    let assignment: TargetAssignment = state.read(ASSIGNMENT)?.unwrap_or(nothing);
+    let version = assignment.version;
+    let shared = Shared::new(config.control.clone(), Arc::clone(&identity))
+        .map_err(|error| Failure::new(Exit::Config, format!("{error:#}")))?;
+    let changed = Arc::clone(&shared);
+    let store = config.store.clone();
+    let target = target::Target::start(
+        data_plane(config, identity),
+        assignment,
+        Box::new(move || changed.changed()),
+    )
+    .map_err(|error| {
+        Failure::new(Exit::Io, format!("{error:#}"))
+            .still("what is in the store stays as it is")
+            .hint(format!("df -h {}", store.display()))
+    })?;
+    let side = Arc::new(TargetSide::new(target, state, version));
+    let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
+        Failure::new(Exit::Failed, format!("start of the link to control: {error}"))
+    })?;
+    init::serve_until_signal(
+        &signals,
+        || Some(Duration::from_millis(side.idle_millis())),
+        || format!("{}; {}", side.status(), shared.status()),
+    );
+    link.stop();
+    if let Some(side) = Arc::into_inner(side) {
+        side.into_target().stop();
+    }
+    Ok(())
+}
+
+fn data_plane(config: TargetConfig, identity: Arc<Identity>) -> target::TargetConfig {
+    let device = |device: crate::config::ReplicaDevice| target::ReplicaDevice {
+        server: device.server,
+        volume: device.volume,
+        path: device.path,
+    };
+    target::TargetConfig {
+        identity,
+        store: config.store,
+        listen: config.listen,
+        devices: config.devices.into_iter().map(device).collect(),
+        reserve_bytes: config.reserve_bytes,
+        memory_bytes: config.memory_bytes,
+    }
+}
+
+fn identity(paths: &Paths) -> Result<Arc<Identity>, Failure> {
+    let identity = Identity::load(&paths.pki, TargetSide::ROLE).map_err(|error| {
+        Failure::new(Exit::Config, format!("{error:#}")).hint("secondsite setup --store DIR")
+    })?;
+    if !matches!(identity.role, Role::Target(_)) {
+        let what =
+            format!("{}/target.pem is a certificate of {}", paths.pki.display(), identity.role);
+        return Err(Failure::new(Exit::Config, what).hint("secondsite setup --store DIR"));
+    }
+    Ok(Arc::new(identity))
+}
