@@ -1,9 +1,22 @@
 //! The eBPF back end: marks at queue and at completion, pinned, audited against the kernel.
+//!
+//! The programs and their maps are pinned: they go on marking when this process is dead, until
+//! [`Ebpf::detach`] or a reboot. One process a volume at a time (the caller sees to that). A pinned
+//! set is adopted only if its header says that it was once whole and belongs to this very device;
+//! anything else is removed, attached anew, and a compare is due. Any doubt is a gap.
+
+mod audit;
+mod kernel;
+mod mapping;
+mod pins;
 
 use crate::device::Device;
+use crate::header::Header;
 use crate::marks::Marks;
+use aya::programs::BtfTracePoint;
+use mapping::Mapping;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Why the back end cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -20,9 +33,9 @@ pub struct EbpfError {
 /// Result of comparing what the programs saw with what the kernel counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Audit {
-    /// Equal, with the counters standing still while they were read.
+    /// Equal, with the counters standing still while they were read and no write on its way.
     Good,
-    /// Writes are completing: neither proven nor doubted now.
+    /// Writes are on their way: neither proven nor doubted now.
     Busy,
     /// A doubt that does not go away: compare. The text is for people.
     Gap(String),
@@ -37,14 +50,35 @@ pub enum Start {
     Adopted,
 }
 
+/// What tests leave out.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Without them updates are lost; the audit cannot tell, since the counts are kept.
+    pub completion_marks: bool,
+}
+
 /// A tracked device.
-pub struct Ebpf {}
+pub struct Ebpf {
+    device: Device,
+    marks: Arc<Marks>,
+    pin_dir: PathBuf,
+    counters: Mapping,
+    /// Kept open: their fdinfo says how often the kernel skipped them.
+    _programs: Vec<BtfTracePoint>,
+    kernel: kernel::Counters,
+    bio_based: bool,
+    uncounted_zeroes: bool,
+    /// Where the counters stood when they were last seen unequal with nothing in flight.
+    unequal: Mutex<Option<audit::Stuck>>,
+}
 
 impl Ebpf {
     /// Whether this kernel can run it at all: BTF, bpf_loop, tracing programs. The error is for
     /// people.
     pub fn supported() -> Result<(), String> {
-        todo!()
+        static SUPPORTED: OnceLock<Result<(), String>> = OnceLock::new();
+        SUPPORTED.get_or_init(pins::try_load).clone()
     }
 
     /// Adopts what is pinned under `pin_dir` if it belongs to this very device (number, diskseq,
@@ -54,34 +88,93 @@ impl Ebpf {
         block_bytes: u32,
         pin_dir: &Path,
     ) -> Result<(Self, Start), EbpfError> {
-        let _ = (device, block_bytes, pin_dir);
-        todo!()
+        Self::attach_with(device, block_bytes, pin_dir, Options { completion_marks: true })
+    }
+
+    /// As [`Self::attach`].
+    #[doc(hidden)]
+    pub fn attach_with(
+        device: &Device,
+        block_bytes: u32,
+        pin_dir: &Path,
+        options: Options,
+    ) -> Result<(Self, Start), EbpfError> {
+        let fails = |what, cause| EbpfError { device: device.path.clone(), what, cause };
+        if !block_bytes.is_power_of_two() || block_bytes < device.logical_block_bytes {
+            let cause = format!("{block_bytes} bytes is not a power of two of at least a sector");
+            return Err(fails("choose a block size", cause));
+        }
+        let plan = pins::Plan::new(device, block_bytes, options)
+            .map_err(|cause| fails("see how its writes complete", cause))?;
+        pins::ensure_bpffs(pin_dir).map_err(|cause| fails("mount the BPF file system", cause))?;
+        if let Ok(pinned) = pins::open(&plan, pin_dir) {
+            let adopted = Self::over(device, &plan, pin_dir, pinned)?;
+            return Ok((adopted, Start::Adopted));
+        }
+        let attached = pins::remove(pin_dir)
+            .map_err(|cause| cause.to_string())
+            .and_then(|()| pins::create(&plan, pin_dir))
+            .and_then(|()| pins::open(&plan, pin_dir));
+        let fresh = attached
+            .map_err(|cause| fails("attach", cause))
+            .and_then(|pinned| Self::over(device, &plan, pin_dir, pinned))
+            .inspect_err(|_| {
+                // Half of it would cost every write something and help nobody.
+                let _ = pins::remove(pin_dir);
+            })?;
+        // Without a baseline the audit reports a gap until `rebase` finds a quiet moment.
+        let _ = fresh.rebase();
+        Ok((fresh, Start::Fresh))
+    }
+
+    fn over(
+        device: &Device,
+        plan: &pins::Plan,
+        pin_dir: &Path,
+        pinned: pins::Pinned,
+    ) -> Result<Self, EbpfError> {
+        let kernel =
+            kernel::Counters::open(&device.disk_sysfs(), &pinned.programs).map_err(|cause| {
+                EbpfError {
+                    device: device.path.clone(),
+                    what: "open the kernel's counters",
+                    cause: cause.to_string(),
+                }
+            })?;
+        Ok(Self {
+            device: device.clone(),
+            marks: Arc::new(Marks::open(plan.blocks, pinned.memory)),
+            pin_dir: pin_dir.to_path_buf(),
+            counters: pinned.counters,
+            _programs: pinned.programs,
+            kernel,
+            bio_based: plan.bio_based,
+            uncounted_zeroes: plan.uncounted_zeroes,
+            unequal: Mutex::new(None),
+        })
     }
 
     /// The marks.
     pub fn marks(&self) -> &Arc<Marks> {
-        todo!()
-    }
-
-    /// Compares once, bracketed; a difference is looked at again before it is called a gap.
-    pub fn audit(&self) -> Audit {
-        todo!()
-    }
-
-    /// Takes the present as the new starting point of the audit, after a gap; the caller sets
-    /// `compare_due` first and compares after.
-    pub fn rebase(&self) -> Result<(), EbpfError> {
-        todo!()
+        &self.marks
     }
 
     /// Detaches the programs and removes the pins.
     pub fn detach(self) -> Result<(), EbpfError> {
-        todo!()
+        let fails = |cause: std::io::Error| EbpfError {
+            device: self.device.path.clone(),
+            what: "detach",
+            cause: cause.to_string(),
+        };
+        pins::remove(&self.pin_dir).map_err(fails)
     }
 
     /// Removes pins of a volume whose device may be gone.
     pub fn remove_pins(pin_dir: &Path) -> std::io::Result<()> {
-        let _ = pin_dir;
-        todo!()
+        pins::remove(pin_dir)
+    }
+
+    fn header(&self) -> Header<'_, std::sync::atomic::AtomicU64> {
+        self.marks.header()
     }
 }

@@ -3,7 +3,12 @@
 //! [`marks`] holds the bitmaps and the cut that stands; [`ebpf`] marks from beside the write path;
 //! [`freeze`] holds file systems still for a cut; [`device`] says which device it is.
 
+#[doc(hidden)]
+pub mod bitmap;
 pub mod device;
 pub mod ebpf;
 pub mod freeze;
+mod header;
 pub mod marks;
+#[doc(hidden)]
+pub mod sync;

@@ -1,4 +1,15 @@
 //! Live bitmap, taken bitmap and the header that says which cut stands.
+//!
+//! Marking is lock-free and open to all; what changes the cut or takes goes one at a time. Every
+//! step may be the last one of the process: the header decides, and [`Marks::open`] finishes what
+//! it says was begun. A bit leaves the live bitmap only into taken, and leaves taken only back
+//! into live or because the target has committed the very cut that took it.
+
+use crate::bitmap::{Bitmaps, leaf_words, summary_words};
+use crate::header::{CutSlot, HEADER_WORDS, Header, State};
+use crate::sync::{Memory, Word};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 
 /// A run of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,83 +32,192 @@ pub struct Cut {
 }
 
 /// The marks of one volume; shared with whatever marks (eBPF programs, this process).
-pub struct Marks {}
+pub struct Marks<W = AtomicU64> {
+    bitmaps: Bitmaps<W>,
+    header: Memory<W>,
+    /// The next take scans leaves: a process before this one may have been killed between a
+    /// summary bit and its leaves.
+    leaves_first: AtomicBool,
+    /// One taker and one writer of the header at a time.
+    changing: Mutex<()>,
+}
+
+/// The memory of one volume's marks.
+#[doc(hidden)]
+pub struct MarksMemory<W> {
+    pub header: Memory<W>,
+    pub live: Memory<W>,
+    pub summary: Memory<W>,
+    pub taken: Memory<W>,
+}
 
 impl Marks {
     /// Marks in plain memory: for compare-only volumes and simulation.
     pub fn in_memory(blocks: u64) -> Self {
-        let _ = blocks;
-        todo!()
+        let words = |count: usize| -> Memory<AtomicU64> {
+            Box::new((0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>())
+        };
+        let memory = MarksMemory {
+            header: words(HEADER_WORDS),
+            live: words(leaf_words(blocks)),
+            summary: words(summary_words(blocks)),
+            taken: words(leaf_words(blocks)),
+        };
+        Self::open(blocks, memory)
     }
+}
+
+impl<W: Word> Marks<W> {
+    /// Marks over existing memory: all zero, or left behind by a process that was killed.
+    #[doc(hidden)]
+    pub fn open(blocks: u64, memory: MarksMemory<W>) -> Self {
+        let MarksMemory { header, live, summary, taken } = memory;
+        let marks = Self {
+            bitmaps: Bitmaps::new(blocks, live, summary, taken),
+            header,
+            leaves_first: AtomicBool::new(true),
+            changing: Mutex::new(()),
+        };
+        marks.header().set_blocks(blocks);
+        marks.finish();
+        marks
+    }
+
     /// Number of blocks of the volume.
     pub fn blocks(&self) -> u64 {
-        todo!()
+        self.bitmaps.blocks()
     }
+
     /// The current cut.
     pub fn cut(&self) -> Cut {
-        todo!()
+        let cut = self.header().cut();
+        Cut { epoch: cut.epoch, cut_id: cut.cut_id, stands: cut.state == State::Stands }
     }
+
     /// Begins a cut. Panics unless the taken bitmap is clear in full and no other cut stands.
     pub fn begin(&self, epoch: u64, cut_id: [u8; 16]) {
-        let _ = (epoch, cut_id);
-        todo!()
+        let _one = self.one_at_a_time();
+        let cut = self.header().cut();
+        assert!(cut.state != State::Stands, "begin: the cut of epoch {} stands", cut.epoch);
+        assert!(self.bitmaps.taken_is_clear(), "begin: the taken bitmap is not clear");
+        self.header().set_cut(CutSlot { epoch, cut_id, state: State::Stands, ..cut });
     }
+
     /// One pass: moves live bits to taken (kill-safe), at most `blocks_max`, appends their runs in
-    /// rising order to `out`. Returns the number of blocks taken.
+    /// rising order to `out`. Returns the number of blocks taken; none if no cut stands. Only
+    /// after it returned may the caller read the disk.
     pub fn take(&self, blocks_max: u64, out: &mut Vec<BlockRun>) -> u64 {
-        let _ = (blocks_max, out);
-        todo!()
+        let _one = self.one_at_a_time();
+        // Under the lock: a cut given up by another thread gets nothing more into its taken bitmap.
+        if self.header().cut().state != State::Stands {
+            return 0;
+        }
+        let leaves = self.leaves_first.load(Relaxed);
+        let taken = self.bitmaps.take(blocks_max, leaves, out);
+        if leaves && taken < blocks_max {
+            self.leaves_first.store(false, Relaxed);
+        }
+        taken
     }
+
     /// Marks blocks as written since the last cut.
     pub fn mark(&self, run: BlockRun) {
-        let _ = run;
-        todo!()
+        self.bitmaps.mark(run);
     }
+
     /// Gives the cut up: one store in the header, then taken is OR-ed back into live and cleared.
     /// May be repeated.
     pub fn give_up(&self) {
-        todo!()
+        let _one = self.one_at_a_time();
+        let cut = self.header().cut();
+        if cut.state == State::Stands {
+            self.header().set_cut(CutSlot { state: State::GivenUp, ..cut });
+        }
+        self.finish();
     }
+
     /// The target has committed this very cut: taken is cleared in full, the cut is remembered as
     /// acknowledged. False (and nothing done) if another cut stands or this one was given up.
     pub fn committed(&self, cut_id: [u8; 16]) -> bool {
-        let _ = cut_id;
-        todo!()
+        let _one = self.one_at_a_time();
+        let cut = self.header().cut();
+        if cut.cut_id != cut_id || !matches!(cut.state, State::Stands | State::Committed) {
+            return false;
+        }
+        if cut.state == State::Stands {
+            // Acknowledges an epoch: the caller has the target's word that it is durable under
+            // this cut id. The same store ends the cut, so that nothing more is taken for it and
+            // the bits in taken, which that epoch holds, can only be cleared from here on.
+            let acknowledged = (cut.epoch, cut_id);
+            self.header().set_cut(CutSlot { state: State::Committed, acknowledged, ..cut });
+        }
+        self.finish();
+        true
     }
+
     /// Newest acknowledged epoch and its cut id; zeros before.
     pub fn acknowledged(&self) -> (u64, [u8; 16]) {
-        todo!()
+        self.header().cut().acknowledged
     }
+
     /// Takes the target's word for what is durable (after a compare was ordered for the doubt).
     pub fn set_acknowledged(&self, epoch: u64, cut_id: [u8; 16]) {
-        let _ = (epoch, cut_id);
-        todo!()
+        let _one = self.one_at_a_time();
+        let cut = self.header().cut();
+        self.header().set_cut(CutSlot { acknowledged: (epoch, cut_id), ..cut });
     }
+
     /// Every leaf word of the live bitmap is zero. Scans leaves, never the summary.
     pub fn live_is_clear(&self) -> bool {
-        todo!()
+        self.bitmaps.live_is_clear()
     }
+
     /// Blocks in the live bitmap.
     pub fn live_count(&self) -> u64 {
-        todo!()
+        self.bitmaps.live_count()
     }
+
     /// Blocks in the taken bitmap.
     pub fn taken_count(&self) -> u64 {
-        todo!()
+        self.bitmaps.taken_count()
     }
+
     /// Whether any block of the run is live or taken.
     pub fn holds(&self, run: BlockRun) -> bool {
-        let _ = run;
-        todo!()
+        // Not while bits move from taken back to live: they could be missed in both.
+        let _one = self.one_at_a_time();
+        self.bitmaps.holds(run)
     }
+
     /// Whether the marks may be incomplete, so that source and target must be compared. True after
     /// a fresh start; survives the process.
     pub fn compare_due(&self) -> bool {
-        todo!()
+        self.header().compare_due()
     }
+
     /// Sets or clears [`Self::compare_due`].
     pub fn set_compare_due(&self, due: bool) {
-        let _ = due;
-        todo!()
+        self.header().set_compare_due(due);
+    }
+
+    /// Ends what the header says was begun: a kill may have come at any step of it.
+    fn finish(&self) {
+        match self.header().cut().state {
+            // Taken blocks that the caller still has to ship, or give up.
+            State::Stands => {}
+            State::None | State::GivenUp => self.bitmaps.restore(),
+            // Clears taken bits: the header says that the target has committed the cut that took
+            // them, and nothing was taken after that was written.
+            State::Committed => self.bitmaps.clear_taken(),
+        }
+    }
+
+    pub(crate) fn header(&self) -> Header<'_, W> {
+        Header::new(&self.header)
+    }
+
+    fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        // A panic elsewhere leaves nothing half done that the header does not say.
+        self.changing.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }

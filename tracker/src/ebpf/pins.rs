@@ -1,0 +1,309 @@
+//! Loads, pins, finds again and removes the programs and maps of one volume.
+//!
+//! The header's first word is written when all is pinned and attached, and zeroed before the first
+//! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away.
+
+use super::Options;
+use super::mapping::Mapping;
+use crate::bitmap::{leaf_words, summary_words};
+use crate::device::Device;
+use crate::header::{HEADER_WORDS, Header, IDENTITY_WORDS};
+use crate::marks::MarksMemory;
+use aya::maps::MapData;
+use aya::programs::BtfTracePoint;
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::{Btf, EbpfLoader, include_bytes_aligned};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+/// Copies of each program, as in the BPF source.
+pub(super) const COPIES: usize = 2;
+/// Counters of a copy, as in the BPF source.
+pub(super) const COUNTERS: usize = 16;
+/// Programs of a copy: name in the BPF source and tracepoint.
+const TRACEPOINTS: [(&str, &str); 3] =
+    [("bio", "block_bio_complete"), ("request", "block_rq_complete"), ("queue", "block_bio_queue")];
+pub(super) const PROGRAMS_PER_COPY: usize = TRACEPOINTS.len();
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+const BPFFS: &str = "/sys/fs/bpf";
+/// Entries of the map that remembers extents; one where it is not used.
+const STASH_ENTRIES: u32 = 16384;
+/// Longest text of an error from the kernel.
+const CAUSE_CHARS_MAX: usize = 500;
+/// Set in the identity's flags when blocks are marked at completion.
+const FLAG_COMPLETION_MARKS: u64 = 1;
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.bpf.o"));
+
+/// What is to be tracked, and how.
+pub(super) struct Plan {
+    pub blocks: u64,
+    block_bytes: u32,
+    identity: [u64; IDENTITY_WORDS],
+    disk: (u32, u32),
+    first_sector: u64,
+    sectors: u64,
+    is_partition: bool,
+    pub bio_based: bool,
+    /// The driver counts no discards, and no zeroes as writes.
+    pub uncounted_zeroes: bool,
+    options: Options,
+}
+
+impl Plan {
+    pub fn new(device: &Device, block_bytes: u32, options: Options) -> Result<Self, String> {
+        let number = |major: u32, minor: u32| u64::from(major) << 32 | u64::from(minor);
+        let (boot_low, boot_high) = device.boot_id.split_at(8);
+        let half =
+            |bytes: &[u8]| bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        let flags = if options.completion_marks { FLAG_COMPLETION_MARKS } else { 0 };
+        Ok(Self {
+            blocks: device.size_bytes.div_ceil(u64::from(block_bytes)),
+            block_bytes,
+            identity: [
+                number(device.major, device.minor),
+                number(device.disk.0, device.disk.1),
+                device.diskseq,
+                device.size_bytes,
+                half(boot_low),
+                half(boot_high),
+                u64::from(block_bytes) | flags << 32,
+                device.disk_offset_bytes,
+            ],
+            disk: (device.disk.0, device.disk.1),
+            first_sector: device.disk_offset_bytes >> 9,
+            sectors: device.size_bytes >> 9,
+            is_partition: device.is_partition(),
+            bio_based: is_bio_based(device)?,
+            uncounted_zeroes: disk_name(device).starts_with("zram"),
+            options,
+        })
+    }
+
+    fn maps(&self) -> [(&'static str, usize); 5] {
+        [
+            ("header", HEADER_WORDS),
+            ("live", leaf_words(self.blocks)),
+            ("summary", summary_words(self.blocks)),
+            ("taken", leaf_words(self.blocks)),
+            ("counters", COPIES * COUNTERS),
+        ]
+    }
+}
+
+/// Devices without hardware queues end bios, not requests.
+fn is_bio_based(device: &Device) -> Result<bool, String> {
+    let bio_based = !device.disk_sysfs().join("mq").exists();
+    if bio_based && disk_name(device).starts_with("nvme") {
+        // Its bios end as requests of the paths below, under other device numbers.
+        return Err("several NVMe paths lie below it, and its writes end there: it can only be \
+                    compared, or tracked as an LVM volume on top of it"
+            .into());
+    }
+    Ok(bio_based)
+}
+
+fn disk_name(device: &Device) -> std::borrow::Cow<'_, str> {
+    device.disk.2.file_name().unwrap_or_default().to_string_lossy()
+}
+
+/// A pinned set, opened.
+pub(super) struct Pinned {
+    pub memory: MarksMemory<std::sync::atomic::AtomicU64>,
+    pub counters: Mapping,
+    /// In the order of [`program_names`].
+    pub programs: Vec<BtfTracePoint>,
+}
+
+/// All programs: name and tracepoint, copy by copy.
+fn program_names() -> impl Iterator<Item = (String, &'static str)> {
+    (0..COPIES).flat_map(|copy| {
+        TRACEPOINTS.map(|(name, tracepoint)| (format!("{name}{copy}"), tracepoint))
+    })
+}
+
+/// Opens a whole set that belongs to this plan.
+pub(super) fn open(plan: &Plan, dir: &Path) -> Result<Pinned, String> {
+    let map = |name: &str| -> Result<Mapping, String> {
+        let words = plan.maps().iter().find(|map| map.0 == name).map_or(0, |map| map.1);
+        let map = MapData::from_pin(dir.join(name)).map_err(|cause| explain(&cause))?;
+        let entries = map.info().map_err(|cause| explain(&cause))?.max_entries() as usize;
+        if entries != words {
+            return Err(format!("map {name} has {entries} entries, not {words}"));
+        }
+        Mapping::new(map.fd().as_fd(), words).map_err(|cause| format!("map {name}: {cause}"))
+    };
+    let words = map("header")?;
+    let header = Header::new(&words);
+    if !header.is_whole() || header.blocks() != plan.blocks || header.identity() != plan.identity {
+        return Err("what is pinned is not whole, or belongs to another device".into());
+    }
+    let mut programs = Vec::new();
+    for (name, _) in program_names() {
+        let program = BtfTracePoint::from_pin(dir.join(format!("prog_{name}")))
+            .map_err(|cause| explain(&cause))?;
+        let link = PinnedLink::from_pin(dir.join(format!("link_{name}")))
+            .map_err(|cause| explain(&cause))?;
+        let attached = FdLink::from(link).info().map_err(|cause| explain(&cause))?.program_id();
+        if attached != program.info().map_err(|cause| explain(&cause))?.id() {
+            return Err(format!("{name} is not the program that is attached"));
+        }
+        programs.push(program);
+    }
+    let memory = MarksMemory {
+        header: Box::new(words),
+        live: Box::new(map("live")?),
+        summary: Box::new(map("summary")?),
+        taken: Box::new(map("taken")?),
+    };
+    Ok(Pinned { memory, counters: map("counters")?, programs })
+}
+
+/// Loads, pins and attaches a new set; a compare is due from its first moment.
+pub(super) fn create(plan: &Plan, dir: &Path) -> Result<(), String> {
+    fs::create_dir_all(dir).map_err(|cause| format!("{}: {cause}", dir.display()))?;
+    let mut object = load(plan)?;
+    for (name, words) in plan.maps() {
+        let map = object.map(name).ok_or_else(|| format!("no map {name}"))?;
+        map.pin(dir.join(name)).map_err(|cause| explain(&cause))?;
+        if name == "header" {
+            let map = MapData::from_pin(dir.join(name)).map_err(|cause| explain(&cause))?;
+            let words = Mapping::new(map.fd().as_fd(), words).map_err(|cause| cause.to_string())?;
+            let header = Header::new(&words);
+            header.set_blocks(plan.blocks);
+            header.set_identity(plan.identity);
+            header.set_compare_due(true);
+        }
+    }
+    let btf = Btf::from_sys_fs().map_err(|cause| explain(&cause))?;
+    for (name, tracepoint) in program_names() {
+        let program = program(&mut object, &name)?;
+        program.load(tracepoint, &btf).map_err(|cause| explain(&cause))?;
+        program.pin(dir.join(format!("prog_{name}"))).map_err(|cause| explain(&cause))?;
+        let id = program.attach().map_err(|cause| explain(&cause))?;
+        let link = program.take_link(id).map_err(|cause| explain(&cause))?;
+        let link = FdLink::from(link);
+        link.pin(dir.join(format!("link_{name}"))).map_err(|cause| explain(&cause))?;
+    }
+    set_whole(dir, true).map_err(|cause| cause.to_string())
+}
+
+/// Removes a set, whole or not. The programs are detached when their links go.
+pub(super) fn remove(dir: &Path) -> io::Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    // Fails only if there is no header, and without one nothing can be adopted.
+    let _ = set_whole(dir, false);
+    let mut names: Vec<PathBuf> = fs::read_dir(dir)?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<io::Result<_>>()?;
+    // By name: links go before programs; the maps are kept alive by the programs.
+    names.sort();
+    for name in &names {
+        fs::remove_file(name)?;
+    }
+    fs::remove_dir(dir)
+}
+
+fn set_whole(dir: &Path, whole: bool) -> io::Result<()> {
+    let map = MapData::from_pin(dir.join("header")).map_err(io::Error::other)?;
+    let words = Mapping::new(map.fd().as_fd(), HEADER_WORDS)?;
+    Header::new(&words).set_whole(whole);
+    Ok(())
+}
+
+fn load(plan: &Plan) -> Result<aya::Ebpf, String> {
+    let flag = |set: bool| u32::from(set);
+    let (partition, bio_based) = (flag(plan.is_partition), flag(plan.bio_based));
+    let uncounted_zeroes = flag(plan.uncounted_zeroes);
+    let completion_marks = flag(plan.options.completion_marks);
+    let block_shift = plan.block_bytes.trailing_zeros();
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("cfg_major", &plan.disk.0, true)
+        .override_global("cfg_minor", &plan.disk.1, true)
+        .override_global("cfg_first", &plan.first_sector, true)
+        .override_global("cfg_sectors", &plan.sectors, true)
+        .override_global("cfg_partition", &partition, true)
+        .override_global("cfg_block_shift", &block_shift, true)
+        .override_global("cfg_bio_based", &bio_based, true)
+        .override_global("cfg_uncounted_zeroes", &uncounted_zeroes, true)
+        .override_global("cfg_completion_marks", &completion_marks, true)
+        .map_max_entries("stash", if plan.bio_based { STASH_ENTRIES } else { 1 });
+    for (name, words) in plan.maps() {
+        let entries = u32::try_from(words)
+            .map_err(|_| format!("{} blocks are too many: choose a larger block", plan.blocks))?;
+        loader.map_max_entries(name, entries);
+    }
+    loader.load(OBJECT).map_err(|cause| explain(&cause))
+}
+
+fn program<'a>(object: &'a mut aya::Ebpf, name: &str) -> Result<&'a mut BtfTracePoint, String> {
+    let program = object.program_mut(name).ok_or_else(|| format!("no program {name}"))?;
+    program.try_into().map_err(|cause: aya::programs::ProgramError| explain(&cause))
+}
+
+/// Loads the programs for a device that does not exist, and drops them again.
+pub(super) fn try_load() -> Result<(), String> {
+    if !Path::new(BTF).exists() {
+        return Err(format!("the kernel has no type information ({BTF}; CONFIG_DEBUG_INFO_BTF)"));
+    }
+    let plan = Plan {
+        blocks: 1,
+        block_bytes: 4096,
+        identity: [0; IDENTITY_WORDS],
+        disk: (0, 0),
+        first_sector: 0,
+        sectors: 8,
+        is_partition: false,
+        bio_based: true,
+        uncounted_zeroes: false,
+        options: Options { completion_marks: true },
+    };
+    let needs = |cause: String| {
+        format!(
+            "the kernel does not take the programs (5.17 or later and root are needed): {cause}"
+        )
+    };
+    let mut object = load(&plan).map_err(needs)?;
+    let btf = Btf::from_sys_fs().map_err(|cause| explain(&cause))?;
+    for (name, tracepoint) in program_names() {
+        let loaded = program(&mut object, &name)?.load(tracepoint, &btf);
+        loaded.map_err(|cause| needs(explain(&cause)))?;
+    }
+    Ok(())
+}
+
+/// Mounts bpffs at its usual place if it is not there, and checks that `dir` lies on it.
+pub(super) fn ensure_bpffs(dir: &Path) -> Result<(), String> {
+    use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+    let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
+    let root = Path::new(BPFFS);
+    // Two processes must not mount it over each other's pins.
+    let folder = File::open(root).map_err(|cause| format!("{BPFFS}: {cause}"))?;
+    folder.lock().map_err(|cause| format!("{BPFFS}: lock: {cause}"))?;
+    if !is_bpffs(root) {
+        let flags = nix::mount::MsFlags::MS_NOSUID
+            | nix::mount::MsFlags::MS_NODEV
+            | nix::mount::MsFlags::MS_NOEXEC;
+        nix::mount::mount(Some("bpf"), root, Some("bpf"), flags, Some("mode=700"))
+            .map_err(|cause| format!("{BPFFS}: {cause}"))?;
+    }
+    match dir.ancestors().find(|above| above.exists()) {
+        Some(above) if is_bpffs(above) => Ok(()),
+        _ => Err(format!("{} does not lie on a BPF file system, as {BPFFS} is", dir.display())),
+    }
+}
+
+/// The error with all its causes. The verifier tells a long story: its end says why.
+fn explain(cause: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(cause), |cause| cause.source());
+    let text = causes.map(|cause| cause.to_string()).collect::<Vec<_>>().join(": ");
+    match text.char_indices().rev().nth(CAUSE_CHARS_MAX) {
+        Some((at, _)) => format!("… {}", &text[at..]),
+        None => text,
+    }
+}

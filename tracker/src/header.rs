@@ -1,0 +1,192 @@
+//! The header beside the bitmaps: what must outlive the daemon, but not a reboot.
+//!
+//! 512 bytes, 64 words of 8 bytes, little-endian, in pinned memory. What changes together lies in
+//! a pair of slots: the slot that does not count is written, then one store of the selector makes
+//! it count (slot = lowest bit of the selector). A kill in between changes nothing. One writer at
+//! a time; readers read the selector again and start over if it moved.
+//!
+//! | byte | holds |
+//! |---|---|
+//! | 0 | `SSMARK`, then a u16: version of layout and programs. Written last; 0 while not whole |
+//! | 8 | blocks of the volume |
+//! | 16 | 1 if source and target must be compared, else 0 |
+//! | 24 | selector of the cut slots |
+//! | 32 | selector of the audit slots; 0 while there is no baseline |
+//! | 40 | zero, 24 bytes |
+//! | 64, 128 | cut slots 0 and 1: epoch, cut id (16 bytes), state (0 none, 1 stands, 2 given up, 3 committed), acknowledged epoch, its cut id (16 bytes), zero (8 bytes) |
+//! | 192 | identity: device major in the upper and minor in the lower half, the same of its disk, diskseq, size in bytes, boot id (16 bytes), block size (u32) and flags (u32; 1: marks at completion), start on the disk in bytes |
+//! | 256, 384 | audit slots 0 and 1: the baseline, 16 words (see `ebpf::audit`) |
+
+use crate::sync::Word;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+/// Words of the header.
+pub(crate) const HEADER_WORDS: usize = 64;
+/// Version of the layout and of the programs that mark: another one is never adopted.
+const VERSION: u64 = 1;
+const MAGIC: u64 = u64::from_le_bytes(*b"SSMARK\0\0") | VERSION << 48;
+
+const AT_MAGIC: usize = 0;
+const AT_BLOCKS: usize = 1;
+const AT_COMPARE_DUE: usize = 2;
+const CUT: Slots<8> = Slots { selector: 3, first: 8 };
+const AUDIT: Slots<AUDIT_WORDS> = Slots { selector: 4, first: 32 };
+const AT_IDENTITY: usize = 24;
+
+/// Words of the device's identity.
+pub(crate) const IDENTITY_WORDS: usize = 8;
+/// Words of the audit's baseline.
+pub(crate) const AUDIT_WORDS: usize = 16;
+
+const _: () = assert!(AUDIT.first + 2 * AUDIT_WORDS == HEADER_WORDS);
+const _: () = assert!(CUT.first + 2 * 8 == AT_IDENTITY);
+const _: () = assert!(AT_IDENTITY + IDENTITY_WORDS == AUDIT.first);
+
+/// What became of the newest cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    None,
+    Stands,
+    GivenUp,
+    Committed,
+}
+
+/// A cut slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CutSlot {
+    pub epoch: u64,
+    pub cut_id: [u8; 16],
+    pub state: State,
+    pub acknowledged: (u64, [u8; 16]),
+}
+
+/// A view of the header's words.
+pub(crate) struct Header<'a, W>(&'a [W]);
+
+impl<'a, W: Word> Header<'a, W> {
+    pub fn new(words: &'a [W]) -> Self {
+        assert!(words.len() >= HEADER_WORDS, "header of {} words", words.len());
+        Self(words)
+    }
+
+    /// Whether all of it, and all that belongs to it, was once completed.
+    pub fn is_whole(&self) -> bool {
+        self.0[AT_MAGIC].load(Acquire) == MAGIC
+    }
+
+    /// Says so, or takes it back. Nothing may be adopted in between.
+    pub fn set_whole(&self, whole: bool) {
+        self.0[AT_MAGIC].store(if whole { MAGIC } else { 0 }, Release);
+    }
+
+    pub fn blocks(&self) -> u64 {
+        self.0[AT_BLOCKS].load(Relaxed)
+    }
+
+    pub fn set_blocks(&self, blocks: u64) {
+        self.0[AT_BLOCKS].store(blocks, Relaxed);
+    }
+
+    pub fn compare_due(&self) -> bool {
+        self.0[AT_COMPARE_DUE].load(Acquire) != 0
+    }
+
+    pub fn set_compare_due(&self, due: bool) {
+        self.0[AT_COMPARE_DUE].store(u64::from(due), Release);
+    }
+
+    pub fn cut(&self) -> CutSlot {
+        let [epoch, id_low, id_high, state, acknowledged, ack_low, ack_high, _] = CUT.read(self.0);
+        CutSlot {
+            epoch,
+            cut_id: id_of(id_low, id_high),
+            state: match state {
+                0 => State::None,
+                1 => State::Stands,
+                2 => State::GivenUp,
+                3 => State::Committed,
+                other => panic!("header: unknown state {other} of the cut"),
+            },
+            acknowledged: (acknowledged, id_of(ack_low, ack_high)),
+        }
+    }
+
+    pub fn set_cut(&self, cut: CutSlot) {
+        let state = match cut.state {
+            State::None => 0,
+            State::Stands => 1,
+            State::GivenUp => 2,
+            State::Committed => 3,
+        };
+        let (id_low, id_high) = halves(cut.cut_id);
+        let (ack_low, ack_high) = halves(cut.acknowledged.1);
+        let words = [cut.epoch, id_low, id_high, state, cut.acknowledged.0, ack_low, ack_high, 0];
+        CUT.write(self.0, words);
+    }
+
+    pub fn identity(&self) -> [u64; IDENTITY_WORDS] {
+        std::array::from_fn(|at| self.0[AT_IDENTITY + at].load(Relaxed))
+    }
+
+    pub fn set_identity(&self, identity: [u64; IDENTITY_WORDS]) {
+        for (at, word) in identity.into_iter().enumerate() {
+            self.0[AT_IDENTITY + at].store(word, Relaxed);
+        }
+    }
+
+    /// The audit's baseline, once there is one.
+    pub fn baseline(&self) -> Option<[u64; AUDIT_WORDS]> {
+        match self.0[AUDIT.selector].load(Acquire) {
+            0 => None,
+            _ => Some(AUDIT.read(self.0)),
+        }
+    }
+
+    pub fn set_baseline(&self, words: [u64; AUDIT_WORDS]) {
+        AUDIT.write(self.0, words);
+    }
+}
+
+/// A pair of slots of N words and the selector that says which counts.
+struct Slots<const N: usize> {
+    selector: usize,
+    first: usize,
+}
+
+impl<const N: usize> Slots<N> {
+    fn read<W: Word>(&self, words: &[W]) -> [u64; N] {
+        loop {
+            // Partner: the Release store in `write`; the slot is whole when its selector is seen.
+            let selector = words[self.selector].load(Acquire);
+            let slot = std::array::from_fn(|at| words[self.at(selector, at)].load(Relaxed));
+            // Partner: the Release fence in `write`: a word of a later write to this slot is seen
+            // only together with the selector that had moved before.
+            W::fence(Acquire);
+            if words[self.selector].load(Relaxed) == selector {
+                return slot;
+            }
+        }
+    }
+
+    fn write<W: Word>(&self, words: &[W], slot: [u64; N]) {
+        let next = words[self.selector].load(Relaxed) + 1;
+        W::fence(Release);
+        for (at, word) in slot.into_iter().enumerate() {
+            words[self.at(next, at)].store(word, Relaxed);
+        }
+        words[self.selector].store(next, Release);
+    }
+
+    fn at(&self, selector: u64, word: usize) -> usize {
+        self.first + (selector & 1) as usize * N + word
+    }
+}
+
+fn halves(id: [u8; 16]) -> (u64, u64) {
+    let id = u128::from_le_bytes(id);
+    (id as u64, (id >> 64) as u64)
+}
+
+fn id_of(low: u64, high: u64) -> [u8; 16] {
+    (u128::from(low) | u128::from(high) << 64).to_le_bytes()
+}
