@@ -256,15 +256,16 @@ fn a_write_in_flight_is_marked_again_when_it_completes() {
             memory.slice(4096).fill(0xab);
             real::open_direct(&path, true).write_all_at(memory.slice(4096), 5 * 4096).unwrap();
         });
-        // Taken once it is queued. Not read: the loop device would make the read wait behind the
-        // write; the copy has what it would find, the old data.
-        let (marks, mut runs) = (ebpf.marks(), Vec::new());
-        marks.begin(1, [1; 16]);
         let start = Instant::now();
-        while marks.take(u64::MAX, &mut runs) == 0 {
+        while device.in_flight().unwrap().1 == 0 {
             assert!(start.elapsed() < WRITE_TIME, "the write was never queued");
             std::thread::yield_now();
         }
+        // Taken, but not read: the loop device would make the read wait behind the write. The copy
+        // has what it would find, the old data.
+        let (marks, mut runs) = (ebpf.marks(), Vec::new());
+        marks.begin(1, [1; 16]);
+        assert_eq!(marks.take(u64::MAX, &mut runs), 1);
         assert!(marks.committed([1; 16]));
         // Nothing is marked now: only the audit knows better.
         assert!(ebpf.marks().live_is_clear());
