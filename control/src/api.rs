@@ -415,6 +415,9 @@ pub struct ProtectReply {
     pub server: String,
     /// A row a volume newly protected.
     pub volumes: Vec<PlannedVolume>,
+    /// What `all` leaves out: a sentence a device, with the reason.
+    #[serde(default)]
+    pub left_out: Vec<String>,
 }
 
 /// One volume of a plan.
@@ -538,6 +541,29 @@ pub struct OrderReply {
     /// The order's number; `GET /api/v1/servers/NAME/orders/NUMBER?wait_seconds=S` gives its
     /// [`OrderState`], at once if it is finished.
     pub number: u64,
+}
+
+/// `GET /api/v1/servers`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Servers {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// A row a server, by name.
+    pub servers: Vec<ServerEntry>,
+}
+
+/// One server, as it joined.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerEntry {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Its certificates were revoked.
+    pub revoked: bool,
+    /// Its devices, as its agent offered them last: at `/enrol`, or by
+    /// `POST /api/v1/agent/inventory` (a list of [`InventoryDevice`]).
+    pub inventory: Vec<InventoryDevice>,
 }
 
 /// Body of every answer that is not a success.

@@ -72,6 +72,11 @@ impl Authority {
         Self::load(dir, CERTIFICATE_LIFE_MAX)
     }
 
+    /// Whether `dir` has an authority, whole.
+    pub(crate) fn exists(dir: &Path) -> bool {
+        dir.join(KEY_FILE).exists() && dir.join(CERTIFICATE_FILE).exists()
+    }
+
     /// Reads the authority from `dir`. What it signs lives `life`.
     pub fn load(dir: &Path, life: Duration) -> anyhow::Result<Self> {
         ensure!(

@@ -1,0 +1,148 @@
+//! The deployment: everything that the routes share, and the signals that long polls wait for.
+//!
+//! The store holds what must not be forgotten; reports, which come every second, live in memory
+//! and are saved now and then. Two signals: what somebody is to do has changed, what somebody
+//! reported has changed. The lock on the reports is never held over a wait.
+
+use crate::api::{AgentReport, TargetReport};
+use crate::ca::Authority;
+use crate::clock::Clock;
+use crate::store::{self, Store, servers, targets};
+use jiff::Timestamp;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+use tokio::sync::watch;
+
+/// Reports are saved this often at most.
+const SAVE_EVERY_SECONDS: i64 = 60;
+/// Ids of points that are remembered a server, after a target listed them.
+const SEEN_POINTS_MAX: usize = 256;
+
+/// A report and when it came.
+#[derive(Debug, Clone)]
+pub(crate) struct Heard<R> {
+    pub(crate) report: R,
+    pub(crate) at: Timestamp,
+    saved: Option<Timestamp>,
+}
+
+/// What was reported last.
+#[derive(Debug, Default)]
+pub(crate) struct Reports {
+    /// By server id.
+    pub(crate) agents: HashMap<String, Heard<AgentReport>>,
+    /// By target id.
+    pub(crate) targets: HashMap<String, Heard<TargetReport>>,
+    /// Points that a target listed, by server id, oldest first. A point may leave the list again
+    /// before anybody asks for it.
+    seen: HashMap<String, VecDeque<String>>,
+}
+
+impl Reports {
+    /// Keeps a report; true if it is to be saved now.
+    fn put<R>(into: &mut HashMap<String, Heard<R>>, id: &str, report: R, now: Timestamp) -> bool {
+        let saved = into.get(id).and_then(|heard| heard.saved);
+        let due = saved
+            .is_none_or(|saved| (now.as_second() - saved.as_second()).abs() >= SAVE_EVERY_SECONDS);
+        let saved = if due { Some(now) } else { saved };
+        into.insert(id.to_owned(), Heard { report, at: now, saved });
+        due
+    }
+
+    /// Keeps an agent's report; true if it is to be saved now.
+    pub(crate) fn put_agent(&mut self, id: &str, report: AgentReport, now: Timestamp) -> bool {
+        Self::put(&mut self.agents, id, report, now)
+    }
+
+    /// Keeps a target's report; true if it is to be saved now.
+    pub(crate) fn put_target(&mut self, id: &str, report: TargetReport, now: Timestamp) -> bool {
+        for point in &report.points {
+            let seen = self.seen.entry(point.server.clone()).or_default();
+            if !seen.contains(&point.id) {
+                seen.push_back(point.id.clone());
+                if seen.len() > SEEN_POINTS_MAX {
+                    seen.pop_front();
+                }
+            }
+        }
+        Self::put(&mut self.targets, id, report, now)
+    }
+
+    /// Whether a target has listed this point.
+    pub(crate) fn listed(&self, server: &str, point: &str) -> bool {
+        self.seen.get(server).is_some_and(|seen| seen.iter().any(|id| id == point))
+    }
+}
+
+/// Wakes those who wait for a change of one kind.
+#[derive(Debug)]
+pub(crate) struct Signal(watch::Sender<u64>);
+
+impl Signal {
+    fn new() -> Self {
+        Self(watch::Sender::new(0))
+    }
+
+    /// Something changed.
+    pub(crate) fn raise(&self) {
+        self.0.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Changes from now on.
+    pub(crate) fn watch(&self) -> watch::Receiver<u64> {
+        self.0.subscribe()
+    }
+}
+
+/// All that the routes share.
+pub(crate) struct Deployment {
+    pub(crate) store: Store,
+    pub(crate) authority: Authority,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// What somebody is to do changed: assignments, orders.
+    pub(crate) assigned: Signal,
+    /// What somebody reported changed: states of orders.
+    pub(crate) reported: Signal,
+    reports: Mutex<Reports>,
+}
+
+impl Deployment {
+    /// With the reports that were saved last.
+    pub(crate) async fn new(
+        store: Store,
+        authority: Authority,
+        clock: Arc<dyn Clock>,
+    ) -> store::Result<Arc<Self>> {
+        let mut reports = Reports::default();
+        let mut tx = store.begin().await?;
+        for server in servers::all(&mut tx).await? {
+            if let (Some(report), Some(heard)) = (server.report()?, server.heard_ns) {
+                reports.put_agent(&server.id, report, store::timestamp(heard));
+            }
+        }
+        for target in targets::all(&mut tx).await? {
+            if let (Some(report), Some(heard)) = (target.report()?, target.heard_ns) {
+                reports.put_target(&target.id, report, store::timestamp(heard));
+            }
+        }
+        tx.commit().await?;
+        Ok(Arc::new(Self {
+            store,
+            authority,
+            clock,
+            assigned: Signal::new(),
+            reported: Signal::new(),
+            reports: Mutex::new(reports),
+        }))
+    }
+
+    /// The reports; not to be held over a wait.
+    pub(crate) fn reports(&self) -> MutexGuard<'_, Reports> {
+        self.reports.lock().expect("no holder of the reports panics")
+    }
+
+    /// Now.
+    pub(crate) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+}

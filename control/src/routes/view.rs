@@ -1,0 +1,181 @@
+//! What is in the store and in the reports, as the API shows it.
+
+use crate::api::{
+    AgentAssignment, SCHEMA_VERSION, ServerStatus, Status, TargetAssignment, TargetServer,
+    TargetVolume, VolumeAssignment,
+};
+use crate::certificate::Role;
+use crate::deployment::{Deployment, Reports};
+use crate::problem::{Refused, Result};
+use crate::status::{self, AWAY_SECONDS, Known, KnownVolume, duration, seconds_since};
+use crate::store::access::{self, Newest};
+use crate::store::servers::{Server, Volume, VolumeState};
+use crate::store::targets::Target;
+use crate::store::{servers, targets};
+use jiff::Timestamp;
+use sqlx::sqlite::SqliteConnection;
+
+/// Certificates renew themselves after a third of their life; one with less than this share left
+/// will end unrenewed.
+const WARN_SHARE: i64 = 3;
+
+/// The server with this name.
+pub(super) async fn server(db: &mut SqliteConnection, name: &str) -> Result<Server> {
+    servers::by_name(db, name).await?.ok_or_else(|| {
+        Refused::unknown(format!("there is no server named {name:?}")).hint("secondsite status")
+    })
+}
+
+/// What an agent is to do.
+pub(super) async fn agent_assignment(
+    db: &mut SqliteConnection,
+    server: &Server,
+) -> Result<AgentAssignment> {
+    // One target serves all servers.
+    let target = targets::all(db).await?.into_iter().next().map(|target| target.address);
+    let protected = servers::volumes(db, &server.id).await?;
+    let protected = protected.iter().filter(|volume| volume.state == VolumeState::Protected);
+    let volumes = protected.map(|volume| {
+        Ok(VolumeAssignment {
+            id: volume.id.clone(),
+            name: volume.name.clone(),
+            path: volume.path.clone(),
+            size_bytes: volume.size_bytes(),
+            tracker: volume.tracker()?,
+            block_bytes: volume.block_bytes(),
+            excluded: volume.excluded()?,
+        })
+    });
+    Ok(AgentAssignment {
+        version: server.assignment_version.cast_unsigned(),
+        server_id: server.id.clone(),
+        server_name: server.name.clone(),
+        target,
+        goal_seconds: server.goal_s.cast_unsigned(),
+        volumes: volumes.collect::<Result<_>>()?,
+    })
+}
+
+/// What a target is to serve. An active server has its protected volumes, since points lack what is
+/// missing of them; one that is not keeps all that it ever had.
+pub(super) async fn target_assignment(
+    db: &mut SqliteConnection,
+    target: &Target,
+) -> Result<TargetAssignment> {
+    let volumes = servers::all_volumes(db).await?;
+    let of_server = |server: Server| {
+        let own = || volumes.iter().filter(|volume| volume.server == server.id);
+        let is_protected = |volume: &Volume| volume.state == VolumeState::Protected;
+        let active = !server.revoked && own().any(is_protected);
+        let volumes = own().filter(|volume| !active || is_protected(volume));
+        let volumes = volumes.map(|volume| TargetVolume {
+            id: volume.id.clone(),
+            name: volume.name.clone(),
+            size_bytes: volume.size_bytes(),
+            block_bytes: volume.block_bytes(),
+        });
+        let volumes = volumes.collect();
+        TargetServer { id: server.id, name: server.name, machine: server.machine, active, volumes }
+    };
+    let servers = servers::all(db).await?.into_iter().map(of_server).collect();
+    Ok(TargetAssignment { version: target.assignment_version.cast_unsigned(), servers })
+}
+
+/// The status of all servers, or of one.
+pub(super) async fn status(deployment: &Deployment, name: Option<&str>) -> Result<Status> {
+    let now = deployment.now();
+    let mut tx = deployment.store.begin().await?;
+    let rows = match name {
+        Some(name) => vec![server(&mut tx, name).await?],
+        None => servers::all(&mut tx).await?,
+    };
+    let volumes = servers::all_volumes(&mut tx).await?;
+    let targets = targets::all(&mut tx).await?;
+    let certificates = access::newest_certificates(&mut tx).await?;
+    let everybody = match name {
+        Some(_) => servers::all(&mut tx).await?,
+        None => rows.clone(),
+    };
+    drop(tx);
+    let reports = deployment.reports();
+    let mut warnings: Vec<String> =
+        targets.iter().filter_map(|target| target_warning(target, &reports, now)).collect();
+    let ending = certificates.iter().filter_map(|row| certificate_warning(row, &everybody, now));
+    warnings.extend(ending);
+    let servers = rows.iter().map(|row| server_status(row, &volumes, &reports, now)).collect();
+    Ok(Status { schema_version: SCHEMA_VERSION, servers, warnings })
+}
+
+fn server_status(
+    server: &Server,
+    volumes: &[Volume],
+    reports: &Reports,
+    now: Timestamp,
+) -> ServerStatus {
+    let agent = reports.agents.get(&server.id);
+    let targets = || reports.targets.values().map(|heard| &heard.report);
+    let own = volumes.iter().filter(|volume| volume.server == server.id);
+    let volumes = own.map(|volume| KnownVolume {
+        id: &volume.id,
+        name: &volume.name,
+        path: &volume.path,
+        size_bytes: volume.size_bytes(),
+        protected: volume.state == VolumeState::Protected,
+        agent: agent.and_then(|heard| heard.report.volumes.iter().find(|row| row.id == volume.id)),
+        target: targets().flat_map(|report| &report.volumes).find(|row| row.id == volume.id),
+    });
+    let points = targets().flat_map(|report| &report.points);
+    let known = Known {
+        name: &server.name,
+        revoked: server.revoked,
+        goal_seconds: server.goal_s.cast_unsigned(),
+        certificate_ends: Timestamp::from_second(server.certificate_ends_s)
+            .unwrap_or(Timestamp::MIN),
+        volumes: volumes.collect(),
+        agent: agent.map(|heard| (&heard.report, heard.at)),
+        points: points.filter(|point| point.server == server.id).collect(),
+    };
+    status::server_status(&known, now)
+}
+
+fn target_warning(target: &Target, reports: &Reports, now: Timestamp) -> Option<String> {
+    let name = &target.name;
+    let Some(heard) = reports.targets.get(&target.id) else {
+        return Some(format!(
+            "target {name} has not reported yet. On its host: systemctl status secondsite-target"
+        ));
+    };
+    let silent = seconds_since(heard.at, now);
+    (silent > AWAY_SECONDS).then(|| {
+        format!(
+            "target {name} was not heard for {}: points and loss are as of then. On its host: \
+             systemctl status secondsite-target",
+            duration(silent)
+        )
+    })
+}
+
+fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Option<String> {
+    let left = row.ends_s - now.as_second();
+    if left > (row.ends_s - row.begins_s) / WARN_SHARE {
+        return None;
+    }
+    let (holder, remedy) = match row.role.parse::<Role>().ok()? {
+        Role::Agent(id) => {
+            let name = &servers.iter().find(|server| server.id == id)?.name;
+            (format!("server {name}"), "systemctl status secondsite-replicate, on the server")
+        }
+        Role::Target(_) => ("the target".to_owned(), "systemctl status secondsite-target"),
+        Role::Operator(name) => {
+            (format!("operator {name}"), "any command renews it: secondsite status")
+        }
+        Role::Control => ("control".to_owned(), "systemctl restart secondsite-control"),
+    };
+    Some(match left > 0 {
+        true => format!(
+            "the certificate of {holder} ends in {} and was not renewed. Type: {remedy}",
+            duration(left as f64)
+        ),
+        false => format!("the certificate of {holder} has ended. Type: {remedy}"),
+    })
+}
