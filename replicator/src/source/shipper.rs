@@ -1,0 +1,549 @@
+//! The shipper: one a volume, on its own thread. Keeps the session, copies, compares, verifies,
+//! and does the coordinator's tasks.
+//!
+//! It works in steps: each does a bounded piece of work and says when it wants to be called again,
+//! so that a simulator can drive it. It alone commits and gives up.
+
+use crate::source::backoff::Backoff;
+use crate::source::buffers::Memory;
+use crate::source::compare::Compare;
+use crate::source::copy::Copy;
+use crate::source::ledger::Ledger;
+use crate::source::pipeline::Workers;
+use crate::source::resume::{Known, Next, plan};
+use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
+use crate::source::verify::Verify;
+use crate::source::volume::{Outcome, Task, VerifyState, Volume, lock};
+use secondsite_control::api::VolumePhase;
+use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
+use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An idle session shows that it lives this often.
+pub const PING_EVERY: Duration = Duration::from_secs(10);
+/// A refusal that coming back cannot help is tried again this often.
+pub const REFUSED_EVERY: Duration = Duration::from_secs(60);
+/// Epochs given up in a row that raise an alarm.
+const GIVE_UPS_ALARM: u32 = 2;
+
+/// Why a step ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// The session is over.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The volume cannot be read.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The shipper was told to end.
+    #[error("stopping")]
+    Stopping,
+    /// The epoch cannot be finished.
+    #[error("{0}")]
+    GiveUp(String),
+}
+
+/// What all shippers of a daemon share.
+pub struct Commons {
+    /// Clock and chance.
+    pub env: Arc<dyn Env>,
+    /// Buffers.
+    pub memory: Arc<Memory>,
+    /// Threads that digest and compress.
+    pub workers: Arc<Workers>,
+    /// Signs manifests.
+    pub signer: Arc<dyn Signer>,
+    /// This server.
+    pub server: ServerId,
+    /// Digest of the machine's identity.
+    pub machine: [u8; 32],
+}
+
+/// What a session is at.
+pub(super) enum Work {
+    Copy(Copy),
+    Compare(Compare),
+    Follow,
+}
+
+/// An established session.
+pub(super) struct Session {
+    pub link: Box<dyn Link>,
+    pub generation: Generation,
+    pub reads_zero: bool,
+    pub work: Work,
+    heard: Duration,
+}
+
+/// The shipper of one volume.
+pub struct Shipper {
+    pub(super) volume: Arc<Volume>,
+    pub(super) commons: Arc<Commons>,
+    dial: Box<dyn Dial>,
+    backoff: Backoff,
+    dial_at: Duration,
+    pub(super) session: Option<Session>,
+    /// Of the cut that stands, if this process began it.
+    pub(super) ledger: Option<Ledger>,
+    pub(super) generation: Generation,
+    pub(super) durable: (Epoch, CutId),
+    pub(super) chain: [u8; 32],
+    /// A compare interrupted by the loss of its session.
+    pub(super) compare: Option<Compare>,
+    pub(super) verify: Option<Verify>,
+    /// Why the compare is made, for people.
+    doubt: String,
+    /// The doubt was counted in the report.
+    counted: bool,
+    lost_disk: bool,
+}
+
+impl Shipper {
+    /// Makes one; nothing is connected yet.
+    pub fn new(volume: Arc<Volume>, commons: Arc<Commons>, dial: Box<dyn Dial>) -> Self {
+        let acknowledged = volume.marks().acknowledged();
+        let now = commons.env.now();
+        volume.control().away_since = Some(now);
+        Self {
+            volume,
+            dial,
+            backoff: Backoff::default(),
+            dial_at: now,
+            session: None,
+            ledger: None,
+            generation: Generation(0),
+            durable: (Epoch(acknowledged.0), CutId(acknowledged.1)),
+            chain: [0; 32],
+            compare: None,
+            verify: None,
+            doubt: String::new(),
+            counted: false,
+            lost_disk: false,
+            commons,
+        }
+    }
+
+    /// Does the next piece of work; returns how long there is nothing more to do.
+    pub fn step(&mut self) -> Duration {
+        let result = if self.volume.stopping() { Err(StepError::Stopping) } else { self.work() };
+        match result {
+            Ok(wait) => wait,
+            Err(error) => self.failed(error),
+        }
+    }
+
+    /// The volume cannot be read any more: it must be opened anew.
+    pub fn lost_disk(&self) -> bool {
+        self.lost_disk
+    }
+
+    fn work(&mut self) -> Result<Duration, StepError> {
+        let Some(session) = &self.session else { return self.connect() };
+        match session.work {
+            Work::Copy(_) => self.copy_step()?,
+            Work::Compare(_) => self.compare_step()?,
+            Work::Follow => return self.follow(),
+        }
+        Ok(Duration::ZERO)
+    }
+
+    fn follow(&mut self) -> Result<Duration, StepError> {
+        let task = self.volume.control().task.clone();
+        if let Some(task) = task {
+            self.task(task)?;
+            return Ok(Duration::ZERO);
+        }
+        if self.volume.marks().compare_due() && !self.volume.compare_only {
+            self.begin_compare()?;
+            return Ok(Duration::ZERO);
+        }
+        if self.verify_step()? {
+            return Ok(Duration::ZERO);
+        }
+        let now = self.commons.env.now();
+        let due = self.session.as_ref().map_or(now, |s| s.heard + PING_EVERY);
+        if now < due {
+            return Ok(due - now);
+        }
+        lock(&self.volume.bench).disk.check()?;
+        match self.ask(&Request::Ping)? {
+            Reply::Alive => Ok(PING_EVERY),
+            _ => Err(LinkError::Nonsense("a ping was not answered as such").into()),
+        }
+    }
+
+    fn task(&mut self, task: Task) -> Result<(), StepError> {
+        // A cut that was given up meanwhile has no tasks any more.
+        if self.volume.control().cut.is_none() && task != Task::Compare {
+            self.volume.finish(Outcome::Dropped("the epoch was given up".into()));
+            return Ok(());
+        }
+        match task {
+            Task::Compare => {
+                if !self.compare_slice()? {
+                    return Ok(());
+                }
+            }
+            Task::Pass => self.pass()?,
+            Task::Barrier => self.barrier()?,
+            Task::Sync => self.sync(),
+            Task::Ship(verdict) => self.ship(&verdict)?,
+            Task::GiveUp(why) => return Err(StepError::GiveUp(why.into())),
+        }
+        self.volume.finish(Outcome::Done);
+        Ok(())
+    }
+
+    fn sync(&self) {
+        let tracker = &self.volume.tracker;
+        let mounts = tracker.mounts();
+        let took = mounts.iter().map(|mount| {
+            // One that cannot be written back cannot be frozen either.
+            tracker.sync(mount).unwrap_or(Duration::MAX)
+        });
+        let slowest = took.max().unwrap_or_default();
+        self.volume.control().synced = slowest;
+    }
+
+    fn connect(&mut self) -> Result<Duration, StepError> {
+        // A first copy that ended with its session, a task to give up: settled without a target.
+        let task = self.volume.control().task.clone();
+        if let Some(Task::GiveUp(why)) = task {
+            self.give_up(why);
+            return Ok(Duration::ZERO);
+        }
+        let now = self.commons.env.now();
+        if now < self.dial_at {
+            return Ok(self.dial_at - now);
+        }
+        lock(&self.volume.bench).disk.check()?;
+        let hello = Hello {
+            protocol: PROTOCOL,
+            server: self.commons.server,
+            machine: self.commons.machine,
+            volume: self.volume.id(),
+            volume_bytes: self.volume.shape.volume_bytes,
+            block_bytes: self.volume.shape.block_bytes,
+            generation: self.generation,
+            acknowledged: self.acknowledged(),
+        };
+        let (link, welcome) = self.dial.dial(&hello)?;
+        self.welcomed(link, &welcome)?;
+        Ok(Duration::ZERO)
+    }
+
+    fn acknowledged(&self) -> (Epoch, CutId) {
+        let (epoch, id) = self.volume.marks().acknowledged();
+        (Epoch(epoch), CutId(id))
+    }
+
+    fn welcomed(&mut self, link: Box<dyn Link>, welcome: &Welcome) -> Result<(), StepError> {
+        let marks = self.volume.tracker.marks().clone();
+        let cut = marks.cut();
+        let begun = self.volume.control().cut;
+        if let Some(cut_id) = begun
+            && self.ledger.is_none()
+        {
+            self.ledger = Some(Ledger::new(Epoch(cut.epoch), cut_id));
+        }
+        let known = Known {
+            cut,
+            acknowledged: self.acknowledged(),
+            compare_due: marks.compare_due(),
+            compare_only: self.volume.compare_only,
+            memory: self.ledger.as_ref().map(Ledger::sent),
+            volume_bytes: self.volume.shape.volume_bytes,
+        };
+        let plan = plan(&known, welcome);
+        tracing::debug!(volume = %self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
+        if plan.committed {
+            self.committed(welcome.durable, welcome.chain);
+        }
+        if let Some(why) = plan.doubt
+            && !self.volume.compare_only
+        {
+            // The doubt is stored first: a crash in between must not leave the number without it.
+            marks.set_compare_due(true);
+            self.doubt = why.into();
+        }
+        if plan.take_number {
+            marks.set_acknowledged(welcome.durable.0.0, welcome.durable.1.0);
+        }
+        if self.durable != welcome.durable {
+            // What was compared so far was compared with another state of the replica.
+            self.compare = None;
+        }
+        self.durable = welcome.durable;
+        self.chain = welcome.chain;
+        self.generation = welcome.generation;
+        if let Some(why) = plan.give_up {
+            self.give_up(why);
+        }
+        self.session = Some(Session {
+            link,
+            generation: welcome.generation,
+            reads_zero: welcome.reads_zero,
+            work: Work::Follow,
+            heard: self.commons.env.now(),
+        });
+        if let Some(cut_id) = plan.drop_staged {
+            self.drop_staged(cut_id)?;
+        }
+        if let Some(next) = plan.resume_from
+            && let Some(ledger) = &mut self.ledger
+        {
+            // These blocks are taken, but the frames that held them never arrived: a later pass
+            // takes and reads them again, and a higher pass wins.
+            let _bench = lock(&self.volume.bench);
+            ledger.rewind(next).into_iter().for_each(|run| marks.mark(run));
+        }
+        if plan.nothing_to_compare {
+            // Every block is read from now on, and the tracker marks what is written meanwhile.
+            self.rebase();
+            marks.set_compare_due(false);
+        }
+        self.volume.control().away_since = None;
+        match plan.next {
+            Next::Copy { sync, from, compare_below } => self.begin_copy(sync, from, compare_below),
+            Next::Compare => self.begin_compare(),
+            Next::Follow => {
+                self.followed();
+                Ok(())
+            }
+        }
+    }
+
+    /// Nothing stands between this volume and cuts.
+    pub(super) fn followed(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.work = Work::Follow;
+        }
+        self.volume.face.update(|status| {
+            status.phase = VolumePhase::Following;
+            status.progress = None;
+            status.reason = if status.give_ups >= GIVE_UPS_ALARM {
+                format!(
+                    "{} epochs in a row could not be finished: see the agent's log, and check the network and the target's space",
+                    status.give_ups
+                )
+            } else {
+                status.fuzzy.clone()
+            };
+        });
+        self.settle();
+    }
+
+    /// Says that a cut may begin, if the one before is settled.
+    pub(super) fn settle(&self) {
+        let marks = self.volume.marks();
+        let mut control = self.volume.control();
+        if !marks.cut().stands {
+            debug_assert_eq!(marks.taken_count(), 0, "a settled cut holds nothing");
+            control.ready = Some(self.durable.0.next());
+            drop(control);
+            self.volume.coordinator.ring();
+        }
+    }
+
+    /// The target has committed the cut that stands.
+    pub(super) fn committed(&mut self, durable: (Epoch, CutId), chain: [u8; 32]) {
+        // The target's durable epoch carries the id of the very cut that stands, and its manifest
+        // was signed only after every taken block was in a frame of it (what could not be read
+        // was marked live again before the signature). So nothing taken is needed any more.
+        let known = self.volume.marks().committed(durable.1.0);
+        debug_assert!(known, "only the standing cut is committed");
+        self.durable = durable;
+        self.chain = chain;
+        self.ledger = None;
+        {
+            let mut control = self.volume.control();
+            control.cut = None;
+            control.commits += 1;
+        }
+        self.volume.face.update(|status| status.give_ups = 0);
+        let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
+        if shipping {
+            self.volume.finish(Outcome::Done);
+        }
+    }
+
+    /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
+    pub(super) fn give_up(&mut self, why: &str) {
+        tracing::warn!(volume = %self.volume.face.name, why, "epoch given up");
+        {
+            let mut bench = lock(&self.volume.bench);
+            self.volume.marks().give_up();
+            bench.held.clear();
+            bench.reserved.clear();
+        }
+        self.ledger = None;
+        let mut control = self.volume.control();
+        control.cut = None;
+        control.task = None;
+        control.outcome = Outcome::Dropped(why.into());
+        drop(control);
+        self.volume.face.update(|status| status.give_ups += 1);
+        self.volume.coordinator.ring();
+    }
+
+    fn drop_staged(&mut self, cut_id: CutId) -> Result<(), StepError> {
+        match self.ask(&Request::GiveUp { cut_id })? {
+            Reply::Staged(None) => Ok(()),
+            _ => Err(LinkError::Nonsense("a staged part that was given up is still there").into()),
+        }
+    }
+
+    /// Takes the present as the start of the audit; a doubt is on record, and everything is read
+    /// after this.
+    pub(super) fn rebase(&self) {
+        if let Err(error) = self.volume.tracker.rebase() {
+            tracing::warn!(volume = %self.volume.face.name, error, "audit cannot start anew");
+        }
+    }
+
+    fn begin_compare(&mut self) -> Result<(), StepError> {
+        if self.volume.marks().cut().stands {
+            let cut_id = CutId(self.volume.marks().cut().cut_id);
+            self.give_up("the volume is compared first");
+            self.drop_staged(cut_id)?;
+        }
+        self.volume.control().ready = None;
+        if !self.counted {
+            self.counted = true;
+            self.volume.face.update(|status| status.compares += 1);
+        }
+        let total = self.volume.shape.volume_bytes;
+        let compare = match self.compare.take() {
+            Some(compare) => compare,
+            None => {
+                self.rebase();
+                Compare::new(total)
+            }
+        };
+        if let Some(doubt) = self.volume.control().doubt.take() {
+            self.doubt = doubt;
+        }
+        if self.doubt.is_empty() {
+            self.doubt =
+                "writes may have gone unseen (a reboot, or a newly attached tracker)".into();
+        }
+        self.volume.face.update(|status| {
+            status.phase = VolumePhase::Comparing;
+            status.progress = Some(compare.progress());
+            status.reason =
+                format!("{}; source and target are compared, only differences travel", self.doubt);
+        });
+        if let Some(session) = &mut self.session {
+            session.work = Work::Compare(compare);
+        }
+        Ok(())
+    }
+
+    /// All of it was compared: back to following.
+    pub(super) fn compare_done(&mut self) {
+        // Every block was read since the audit began anew, those that differed are live, and the
+        // tracker has marked every write since: live and taken now hold all that the target lacks.
+        self.volume.marks().set_compare_due(false);
+        self.doubt.clear();
+        self.counted = false;
+        self.followed();
+    }
+
+    /// Asks the target.
+    pub(super) fn ask(&mut self, request: &Request) -> Result<Reply, StepError> {
+        self.ask_frame(&request.to_frame())
+    }
+
+    /// Sends a frame and waits for its answer.
+    pub(super) fn ask_frame(
+        &mut self,
+        frame: &secondsite_format::frame::Frame,
+    ) -> Result<Reply, StepError> {
+        let session = self.session.as_mut().ok_or(LinkError::Nonsense("no session"))?;
+        let reply = session.link.ask(frame)?;
+        session.heard = self.commons.env.now();
+        self.backoff.reset();
+        self.volume.face.update(|status| status.sent_bytes += frame.total_bytes());
+        Ok(reply)
+    }
+
+    fn failed(&mut self, error: StepError) -> Duration {
+        let now = self.commons.env.now();
+        match error {
+            StepError::Stopping => {
+                self.hang_up(now);
+                return Duration::MAX;
+            }
+            StepError::GiveUp(why) => {
+                let cut_id = self.volume.control().cut;
+                self.give_up(&why);
+                let dropped = cut_id.map_or(Ok(()), |cut_id| self.drop_staged(cut_id));
+                return match dropped {
+                    Ok(()) => {
+                        self.followed();
+                        Duration::ZERO
+                    }
+                    Err(error) => self.failed(error),
+                };
+            }
+            StepError::Disk(error) => {
+                self.hang_up(now);
+                if self.volume.control().cut.is_some() {
+                    self.give_up("the volume cannot be read");
+                }
+                self.stopped(error.to_string(), now);
+                self.lost_disk = true;
+            }
+            StepError::Link(LinkError::Refused(refusal)) => {
+                self.hang_up(now);
+                let spoilt = matches!(
+                    refusal.code,
+                    RefusalCode::Unproven | RefusalCode::OutOfOrder | RefusalCode::Malformed
+                );
+                if spoilt && self.volume.control().cut.is_some() {
+                    // The same frames would be refused again.
+                    self.give_up("the target refused the epoch");
+                }
+                if refusal.code.retry() {
+                    self.away(format!("the target refuses for now: {}", refusal.message), now);
+                } else {
+                    self.stopped(refusal.message, now);
+                }
+            }
+            StepError::Link(error) => {
+                self.hang_up(now);
+                self.away(
+                    format!("no session with the target ({error}); it is tried again by itself"),
+                    now,
+                );
+            }
+        }
+        self.dial_at.saturating_sub(now)
+    }
+
+    fn hang_up(&mut self, now: Duration) {
+        if let Some(Session { work: Work::Compare(compare), .. }) = self.session.take() {
+            self.compare = Some(compare);
+        }
+        let mut control = self.volume.control();
+        control.ready = None;
+        control.away_since.get_or_insert(now);
+        if control.verify != VerifyState::Idle && self.verify.take().is_some() {
+            // Looks at another session's state prove nothing together.
+            control.verify = VerifyState::Ordered;
+        }
+    }
+
+    fn away(&mut self, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Connecting, reason);
+        self.dial_at = now + self.backoff.next(&self.commons.env.random());
+        self.volume.coordinator.ring();
+    }
+
+    fn stopped(&mut self, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Stopped, reason);
+        self.dial_at = now + REFUSED_EVERY;
+        self.volume.coordinator.ring();
+    }
+}
