@@ -1,6 +1,6 @@
 //! `secondsite replicate`: the agent, in the foreground.
 //!
-//! Order of start: configuration, lock, freezer (a child, before there are threads), signals, data
+//! Order of start: configuration, lock, signals, freezer (a child, before there are threads), data
 //! plane, link to control. On another machine than the enrolled one the agent stays up, says so, and
 //! does nothing else.
 
@@ -33,24 +33,25 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         Failure::new(Exit::Config, what).hint("secondsite join ADDR:PORT --token T")
     })?;
     let _lock = Lock::take(paths, AgentSide::ROLE)?;
-    // The child must begin before any thread and without our blocked signals.
+    // Before any thread: all inherit the blocked signals. The child must begin before any, too.
+    let signals = Signals::block()?;
     let freezer = Freezer::start(&paths.run).map_err(|error| {
         Failure::new(Exit::Unavailable, error.to_string())
             .hint(format!("look at {}; run as root", paths.run.display()))
     })?;
-    let signals = Signals::block()?;
     init::start_log();
     tracing::info!("agent {} of {server_id}, version {}", config.name, env!("CARGO_PKG_VERSION"));
 
     let here = machine::digest();
     let shared = Shared::new(config.control.clone(), Arc::clone(&identity))
         .map_err(|error| Failure::new(Exit::Config, format!("{error:#}")))?;
+    let pin_dir = Path::new(PIN_ROOT).join(&server_id);
     let source = if machine::from_hex(&enrolment.machine) == Some(here) {
         let changed = Arc::clone(&shared);
         let source = SourceConfig {
             identity,
             machine: here,
-            pin_dir: Path::new(PIN_ROOT).join(&server_id),
+            pin_dir: pin_dir.clone(),
             memory_bytes: config.memory_bytes,
             workers: config.workers,
             freezer,
@@ -78,6 +79,8 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     if let Some(source) = Arc::into_inner(side).and_then(AgentSide::into_source) {
         source.stop();
     }
+    // Only where no volume is protected any more are these folders empty and go.
+    let _ = std::fs::remove_dir(pin_dir).and_then(|()| std::fs::remove_dir(PIN_ROOT));
     Ok(())
 }
 
