@@ -66,9 +66,23 @@ impl<S: Read + Write> Connection<S> {
         Ok(self.stream.flush()?)
     }
 
+    /// Gives the stream back.
+    pub fn into_stream(self) -> S {
+        self.stream
+    }
+
     /// Receives a frame, after pushing out what is buffered. `None`: the peer closed in between
     /// two frames.
     pub fn receive(&mut self) -> Result<Option<Frame>, WireError> {
+        Ok(self.receive_admitted(|_| Ok(()))?.map(|(frame, ())| frame))
+    }
+
+    /// As [`Self::receive`], but asks `admit` before memory is taken for the body; it may refuse,
+    /// or wait, and what it returns comes with the frame.
+    pub fn receive_admitted<G>(
+        &mut self,
+        admit: impl FnOnce(&RawHeader) -> Result<G, WireError>,
+    ) -> Result<Option<(Frame, G)>, WireError> {
         self.stream.flush()?;
         let mut header = [0; HEADER_BYTES];
         let mut have = 0;
@@ -82,13 +96,14 @@ impl<S: Read + Write> Connection<S> {
             }
         }
         let raw = RawHeader::parse(&header)?;
+        let admitted = admit(&raw)?;
         let mut body = vec![0; raw.body_bytes()];
         self.stream.read_exact(&mut body)?;
         let frame = raw.with_body(body)?;
         if frame.header.kind == FrameKind::Refusal {
             return Err(WireError::Refused(Refusal::from_frame(&frame)?));
         }
-        Ok(Some(frame))
+        Ok(Some((frame, admitted)))
     }
 
     /// Sends a message.

@@ -1,10 +1,48 @@
 //! The source: reads what changed, ships it, cuts epochs.
+//!
+//! Threads: one coordinator ([`coordinator`]: rounds, orders, freezes), one shipper a volume
+//! ([`shipper`]: session, reads, first copy, compare, commit), and a shared pool of workers
+//! ([`pipeline`]: zeros, digests, compression). Coordinator and shippers work in steps over the
+//! traits of [`seams`]; this module only gives them threads and keeps the assignment.
 
-use secondsite_control::api::{AgentAssignment, AgentReport, Order};
+mod attach;
+mod backoff;
+pub mod budget;
+pub mod buffers;
+mod compare;
+pub mod coordinator;
+mod copy;
+mod ledger;
+pub mod link;
+pub mod orders;
+pub mod pipeline;
+mod proof;
+mod reader;
+pub mod resume;
+pub mod round;
+pub mod runs;
+pub mod seams;
+mod ship;
+pub mod shipper;
+mod stream;
+mod threads;
+mod verify;
+pub mod volume;
+
+use crate::source::buffers::Memory;
+use crate::source::coordinator::Protected;
+use crate::source::link::Where;
+use crate::source::orders::Orders;
+use crate::source::pipeline::Workers;
+use crate::source::threads::{Runner, VolumeThread};
+use crate::source::volume::{Bell, Status, lock};
+use secondsite_control::api::{AgentAssignment, AgentReport, Order, VolumeReport};
 use secondsite_control::pki::Identity;
 use secondsite_tracker::freeze::Freezer;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// What an agent's data plane needs to know besides its assignment.
 pub struct SourceConfig {
@@ -22,45 +60,116 @@ pub struct SourceConfig {
     pub freezer: Freezer,
 }
 
+/// How long [`Source::stop`] waits for threads; what they hold open until they end does no harm.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+
 /// The agent's data plane: threads that follow an assignment. All methods return at once.
-pub struct Source {}
+pub struct Source {
+    runner: Arc<Runner>,
+    coordinator: Option<std::thread::JoinHandle<()>>,
+    volumes: Mutex<BTreeMap<String, VolumeThread>>,
+}
 
 impl Source {
     /// Starts with nothing assigned. `changed` is called (from any thread) when the report changed.
+    ///
+    /// # Panics
+    /// If the system gives neither memory nor threads: the daemon cannot do anything then.
     pub fn start(config: SourceConfig, changed: Box<dyn Fn() + Send + Sync>) -> Self {
-        let _ = (config, changed);
-        todo!()
+        let memory = Memory::new(config.memory_bytes).expect("memory for buffers");
+        let workers = Workers::start(config.workers.max(1)).expect("worker threads");
+        let runner = Arc::new(Runner {
+            place: Arc::new(Mutex::new(Where { target: None, identity: Some(config.identity) })),
+            machine: config.machine,
+            pin_dir: config.pin_dir,
+            memory: Arc::new(memory),
+            workers: Arc::new(workers),
+            protected: Arc::new(Mutex::new(Protected::default())),
+            orders: Arc::new(Mutex::new(Orders::default())),
+            bell: Arc::new(Bell::default()),
+            changed: Arc::from(changed),
+            clock: Arc::new(threads::SystemEnv::new()),
+            stopping: false.into(),
+            beat_ms: 0.into(),
+        });
+        let coordinator = Some(runner.clone().coordinate(config.freezer));
+        Self { runner, coordinator, volumes: Mutex::default() }
     }
+
     /// Follows this assignment from now on; volumes that it no longer has are stopped, their pins removed.
     pub fn assign(&self, assignment: AgentAssignment) {
-        let _ = assignment;
-        todo!()
+        self.runner.assign(&mut lock(&self.volumes), assignment);
     }
+
     /// Takes an order; its state stands in the report until [`Self::forget_orders`].
     pub fn order(&self, order: Order) {
-        let _ = order;
-        todo!()
+        if lock(&self.runner.orders).take(&order) {
+            self.runner.bell.ring();
+            (self.runner.changed)();
+        }
     }
+
     /// Control knows the final state of orders up to this number.
     pub fn forget_orders(&self, up_to: u64) {
-        let _ = up_to;
-        todo!()
+        lock(&self.runner.orders).forget(up_to);
     }
+
     /// What is going on.
     pub fn report(&self) -> AgentReport {
-        todo!()
+        let protected = lock(&self.runner.protected);
+        let volumes = protected.faces.iter().map(|face| {
+            let running = protected.volumes.iter().find(|volume| volume.id() == face.id);
+            report(face.id.to_string(), face.status(), running.map_or(0, |v| v.backlog_bytes()))
+        });
+        AgentReport {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            volumes: volumes.collect(),
+            orders: lock(&self.runner.orders).states(),
+            stopped: None,
+        }
     }
+
     /// A renewed certificate.
     pub fn set_identity(&self, identity: Arc<Identity>) {
-        let _ = identity;
-        todo!()
+        lock(&self.runner.place).identity = Some(identity);
     }
+
     /// Milliseconds since the data loop last went round: feeds the watchdog.
     pub fn idle_millis(&self) -> u64 {
-        todo!()
+        self.runner.idle_millis()
     }
+
     /// Ends all threads; marking goes on in the kernel.
-    pub fn stop(self) {
-        todo!()
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.runner.end();
+        let volumes = std::mem::take(&mut *lock(&self.volumes));
+        volumes.values().for_each(VolumeThread::end);
+        let handles = volumes.into_values().filter_map(VolumeThread::into_handle);
+        threads::join_within(STOP_LIMIT, handles.chain(self.coordinator.take()));
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn report(id: String, status: Status, backlog_bytes: u64) -> VolumeReport {
+    VolumeReport {
+        id,
+        phase: status.phase,
+        reason: status.reason,
+        tracker: status.tracker.into(),
+        tracker_reason: status.tracker_reason,
+        cut: status.cut.into(),
+        progress_bytes: status.progress,
+        backlog_bytes,
+        sent_bytes: status.sent_bytes,
+        compares: status.compares,
     }
 }

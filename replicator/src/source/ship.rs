@@ -226,7 +226,16 @@ impl Shipper {
             volume.marks().mark(volume.shape.run(*offset, *bytes));
         }
         let (frames, content) = ledger.totals();
+        if let Some((offset, bytes)) = unreadable.first() {
+            let (count, path) = (unreadable.len(), volume.path.display());
+            volume.face.update(|status| {
+                status.fuzzy = format!(
+                    "{path}: {count} range(s) cannot be read, the first at byte {offset} ({bytes} bytes): points lack them and are fuzzy; they are tried again with every epoch, check the disk"
+                );
+            });
+        }
         let exact = unreadable.is_empty() && verdict.consistency != Consistency::Fuzzy;
+        volume.control().exact = exact;
         let manifest = Manifest {
             server: commons.server,
             volume: volume.id(),

@@ -96,6 +96,7 @@ pub struct Shipper {
     doubt: String,
     /// The doubt was counted in the report.
     counted: bool,
+    lost_disk: bool,
 }
 
 impl Shipper {
@@ -118,6 +119,7 @@ impl Shipper {
             verify: None,
             doubt: String::new(),
             counted: false,
+            lost_disk: false,
             commons,
         }
     }
@@ -129,6 +131,11 @@ impl Shipper {
             Ok(wait) => wait,
             Err(error) => self.failed(error),
         }
+    }
+
+    /// The volume cannot be read any more: it must be opened anew.
+    pub fn lost_disk(&self) -> bool {
+        self.lost_disk
     }
 
     fn work(&mut self) -> Result<Duration, StepError> {
@@ -190,7 +197,8 @@ impl Shipper {
 
     fn sync(&self) {
         let tracker = &self.volume.tracker;
-        let took = tracker.mounts().iter().map(|mount| {
+        let mounts = tracker.mounts();
+        let took = mounts.iter().map(|mount| {
             // One that cannot be written back cannot be frozen either.
             tracker.sync(mount).unwrap_or(Duration::MAX)
         });
@@ -415,6 +423,9 @@ impl Shipper {
                 Compare::new(total)
             }
         };
+        if let Some(doubt) = self.volume.control().doubt.take() {
+            self.doubt = doubt;
+        }
         if self.doubt.is_empty() {
             self.doubt = "writes may have gone unseen (a reboot, or a newly attached tracker)".into();
         }
@@ -430,8 +441,8 @@ impl Shipper {
         Ok(())
     }
 
-    /// Notes a doubt about the tracker, for people; the compare follows.
-    pub fn compare_done(&mut self) {
+    /// All of it was compared: back to following.
+    pub(super) fn compare_done(&mut self) {
         // Every block was read since the audit began anew, those that differed are live, and the
         // tracker has marked every write since: live and taken now hold all that the target lacks.
         self.volume.marks().set_compare_due(false);
@@ -483,6 +494,7 @@ impl Shipper {
                     self.give_up("the volume cannot be read");
                 }
                 self.stopped(error.to_string(), now);
+                self.lost_disk = true;
             }
             StepError::Link(LinkError::Refused(refusal)) => {
                 self.hang_up(now);

@@ -77,8 +77,12 @@ pub struct Control {
     pub away_since: Option<Duration>,
     /// What the slowest `Sync` of a file system took.
     pub synced: Duration,
-    /// Commits seen, and whether the last was exact.
+    /// Commits seen.
     pub commits: u64,
+    /// Whether the last manifest that was signed says "exact".
+    pub exact: bool,
+    /// A doubt about the tracker, for people: a compare follows.
+    pub doubt: Option<String>,
     /// A verify waits for further cuts.
     pub verify_waits: bool,
     /// A verify was ordered; how it went.
@@ -314,6 +318,8 @@ impl Volume {
         bench.pass = 0;
         bench.held.clear();
         bench.unreadable.clear();
+        drop(control);
+        drop(bench);
         true
     }
 

@@ -1,8 +1,37 @@
 //! The target: receives, journals, commits, promotes.
+//!
+//! [`Target`] is the daemon's view. Below it, [`site`] holds all volumes and is independent of
+//! sockets and TLS ([`server`] has those), [`keeper`] is one volume with its storage, [`volume`]
+//! its state machine; [`disk`] is the storage itself, so that all of it also runs over a simulated
+//! one.
 
+pub mod budget;
+pub mod disk;
+mod entry;
+pub mod index;
+mod jobs;
+pub mod journal;
+pub mod keeper;
+pub mod points;
+pub mod promote;
+pub mod recover;
+pub mod replica;
+pub mod server;
+pub mod session;
+pub mod site;
+pub mod space;
+pub mod state;
+pub mod view;
+pub mod volume;
+
+use anyhow::Context;
+use nix::fcntl::{Flock, FlockArg};
 use secondsite_control::api::{TargetAssignment, TargetReport};
-use secondsite_control::pki::Identity;
-use std::net::SocketAddr;
+use secondsite_control::pki::{self, Identity};
+use server::Server;
+use site::{Site, SiteConfig};
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -33,8 +62,18 @@ pub struct TargetConfig {
     pub memory_bytes: u64,
 }
 
+/// Threads that open volumes and promote; each takes its share of disk and memory.
+const WORKERS: usize = 2;
+/// Held as long as a target serves the store.
+const LOCK_FILE: &str = "target.lock";
+
 /// The target's data plane. All methods return at once.
-pub struct Target {}
+pub struct Target {
+    server: Arc<Server>,
+    site: Arc<Site>,
+    listening: SocketAddr,
+    _lock: Flock<File>,
+}
 
 impl Target {
     /// Listens, and recovers what the assignment names. `changed` is called (from any thread) when
@@ -44,29 +83,83 @@ impl Target {
         assignment: TargetAssignment,
         changed: Box<dyn Fn() + Send + Sync>,
     ) -> anyhow::Result<Self> {
-        let _ = (config, assignment, changed);
-        todo!()
+        let store = &config.store;
+        std::fs::create_dir_all(store.join("servers"))
+            .with_context(|| format!("making the store {}", store.display()))?;
+        let store = store.canonicalize().with_context(|| format!("store {}", store.display()))?;
+        let lock = lock_store(&store)?;
+        allow_many_files();
+        let tls = config.identity.server_config(true)?;
+        let listener = TcpListener::bind(config.listen)
+            .with_context(|| format!("listening on {}", config.listen))?;
+        listener.set_nonblocking(true)?;
+        let listening = listener.local_addr()?;
+        let site = SiteConfig {
+            store,
+            devices: config.devices,
+            reserve_bytes: config.reserve_bytes,
+            memory_bytes: config.memory_bytes,
+            verify: pki::verify_signature,
+        };
+        let site = Arc::new(Site::new(site, assignment, changed));
+        let server = Server::new(site.clone(), tls);
+        for _ in 0..WORKERS {
+            let site = site.clone();
+            server.spawn("promote", None, move |_| site.work())?;
+        }
+        server.spawn("listen", None, move |server| server.listen(&listener))?;
+        Ok(Self { server, site, listening, _lock: lock })
     }
+
+    /// Where it listens; tells the port if the configuration left it open.
+    pub fn listening(&self) -> SocketAddr {
+        self.listening
+    }
+
     /// Follows this assignment from now on; sessions it no longer allows end.
     pub fn assign(&self, assignment: TargetAssignment) {
-        let _ = assignment;
-        todo!()
+        self.site.assign(assignment);
     }
+
     /// What is there.
     pub fn report(&self) -> TargetReport {
-        todo!()
+        self.site.report()
     }
+
     /// A renewed certificate, for new sessions.
     pub fn set_identity(&self, identity: Arc<Identity>) {
-        let _ = identity;
-        todo!()
+        match identity.server_config(true) {
+            Ok(tls) => self.server.set_tls(tls),
+            Err(error) => tracing::error!("the renewed certificate cannot be used: {error:#}"),
+        }
     }
+
     /// Milliseconds since the data loop last went round: feeds the watchdog.
     pub fn idle_millis(&self) -> u64 {
-        todo!()
+        self.server.idle_millis()
     }
+
     /// Ends all sessions and threads.
     pub fn stop(self) {
-        todo!()
+        self.server.stop();
+    }
+}
+
+/// One target a store: two would each believe to be the only writer.
+fn lock_store(store: &std::path::Path) -> anyhow::Result<Flock<File>> {
+    let path = store.join(LOCK_FILE);
+    let file = File::create(&path).with_context(|| format!("making {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        anyhow::anyhow!("another target serves the store {} ({error})", store.display())
+    })
+}
+
+/// A descriptor a session and a segment: takes what the hard limit allows.
+fn allow_many_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!("the limit of open files stays as it is: {error}");
     }
 }

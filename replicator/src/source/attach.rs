@@ -1,0 +1,170 @@
+//! From an assignment to a volume: opens the device, chooses the tracker, and adapts the tracker's
+//! types to the seams. The only module of the source that knows them.
+
+use crate::source::buffers::Memory;
+use crate::source::reader::RingDisk;
+use crate::source::runs::Shape;
+use crate::source::seams::{Freeze, Tracker};
+use crate::source::volume::{Bell, Face, Volume, lock};
+use secondsite_control::api::{TrackerChoice, VolumeAssignment};
+use secondsite_tracker::device::Device;
+use secondsite_tracker::ebpf::{Audit, Ebpf};
+use secondsite_tracker::freeze::{Freezer, sync_file_system};
+use secondsite_tracker::marks::Marks;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Opens what is assigned. The error is for people: what, why, and the remedy.
+pub fn attach(
+    assigned: &VolumeAssignment,
+    pins: &Path,
+    face: &Arc<Face>,
+    memory: &Memory,
+    coordinator: &Arc<Bell>,
+) -> Result<(Volume, Option<Arc<EbpfTracker>>), String> {
+    let path = PathBuf::from(&assigned.path);
+    let device = Device::open(&path).map_err(|error| error.to_string())?;
+    if device.size_bytes != assigned.size_bytes {
+        return Err(format!(
+            "{} has {} bytes, it was protected with {}: restore its size, or unprotect and protect it again",
+            assigned.path, device.size_bytes, assigned.size_bytes
+        ));
+    }
+    let shape = Shape::new(device.size_bytes, assigned.block_bytes, &assigned.excluded);
+    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena)
+        .map_err(|error| error.to_string())?;
+    let (ebpf, why_not) = choose(assigned, &device, pins)?;
+    let compare_only = ebpf.is_none();
+    let tracker: Arc<dyn Tracker> = match &ebpf {
+        Some(ebpf) => ebpf.clone(),
+        None => Arc::new(CompareTracker { marks: Arc::new(Marks::in_memory(shape.blocks())) }),
+    };
+    face.update(|status| {
+        status.tracker = if compare_only { "compare" } else { "ebpf" };
+        status.tracker_reason = why_not;
+    });
+    let volume = Volume::new(
+        face.clone(),
+        shape,
+        tracker,
+        compare_only,
+        path,
+        Box::new(disk),
+        coordinator.clone(),
+    );
+    Ok((volume, ebpf))
+}
+
+/// The tracker, and why it is no better one.
+fn choose(
+    assigned: &VolumeAssignment,
+    device: &Device,
+    pins: &Path,
+) -> Result<(Option<Arc<EbpfTracker>>, String), String> {
+    if assigned.tracker == TrackerChoice::Compare {
+        remove_pins(pins);
+        return Ok((None, "asked for with --tracker compare".into()));
+    }
+    match Ebpf::supported() {
+        Ok(()) => {
+            let (ebpf, start) = Ebpf::attach(device, assigned.block_bytes, pins)
+                .map_err(|error| error.to_string())?;
+            tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
+            let marks = ebpf.marks().clone();
+            let device = device.clone();
+            Ok((Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })), String::new()))
+        }
+        Err(why) if assigned.tracker == TrackerChoice::Ebpf => {
+            Err(format!("--tracker ebpf cannot run here: {why}; --tracker auto would compare instead"))
+        }
+        Err(why) => Ok((None, format!("eBPF cannot run here: {why}; every cut compares everything"))),
+    }
+}
+
+/// Removes what is pinned for a volume; nothing there is fine.
+pub fn remove_pins(pins: &Path) {
+    if pins.exists()
+        && let Err(error) = Ebpf::remove_pins(pins)
+    {
+        tracing::warn!(path = %pins.display(), %error, "pins stay");
+    }
+}
+
+/// The eBPF back end of one volume.
+pub struct EbpfTracker {
+    ebpf: Mutex<Option<Ebpf>>,
+    marks: Arc<Marks>,
+    device: Device,
+}
+
+impl EbpfTracker {
+    /// Detaches and removes the pins; marks stay readable, nothing marks any more.
+    pub fn detach(&self) {
+        if let Some(ebpf) = lock(&self.ebpf).take()
+            && let Err(error) = ebpf.detach()
+        {
+            tracing::warn!(%error, "detach");
+        }
+    }
+}
+
+impl Tracker for EbpfTracker {
+    fn marks(&self) -> &Arc<Marks> {
+        &self.marks
+    }
+    fn audit(&self) -> Audit {
+        lock(&self.ebpf).as_ref().map_or(Audit::Gap("it was detached".into()), Ebpf::audit)
+    }
+    fn rebase(&self) -> Result<(), String> {
+        match lock(&self.ebpf).as_ref() {
+            Some(ebpf) => ebpf.rebase().map_err(|error| error.to_string()),
+            None => Err("it was detached".into()),
+        }
+    }
+    fn mounts(&self) -> Vec<PathBuf> {
+        let mounts = self.device.mounts().unwrap_or_default();
+        mounts.into_iter().filter(|mount| mount.freezable).map(|mount| mount.path).collect()
+    }
+    fn sync(&self, mount: &Path) -> Result<Duration, String> {
+        sync_file_system(mount).map_err(|error| error.to_string())
+    }
+    fn writes_in_flight(&self) -> bool {
+        self.device.in_flight().map_or(true, |(_, writes)| writes > 0)
+    }
+}
+
+/// No tracker: marks that only a compare makes.
+struct CompareTracker {
+    marks: Arc<Marks>,
+}
+
+impl Tracker for CompareTracker {
+    fn marks(&self) -> &Arc<Marks> {
+        &self.marks
+    }
+    fn audit(&self) -> Audit {
+        Audit::Gap("nothing tracks this volume".into())
+    }
+    fn rebase(&self) -> Result<(), String> {
+        Ok(())
+    }
+    fn mounts(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+    fn sync(&self, _mount: &Path) -> Result<Duration, String> {
+        Err("nothing to write back for".into())
+    }
+    fn writes_in_flight(&self) -> bool {
+        false
+    }
+}
+
+impl Freeze for Freezer {
+    fn freeze(&mut self, mounts: &[PathBuf], limit: Duration) -> Result<(), String> {
+        Freezer::freeze(self, mounts, limit).map_err(|error| error.to_string())
+    }
+    fn thaw(&mut self) -> Result<(Duration, bool), String> {
+        Freezer::thaw(self).map_err(|error| error.to_string())
+    }
+}

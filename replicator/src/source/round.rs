@@ -1,0 +1,476 @@
+//! One round: from the beginning of a cut to the commit of its point on all members.
+//!
+//! Pre-copy passes until little is left, a barrier, then last passes in a quiet moment, else under
+//! a freeze, else unproven. A state machine: each step looks at what the members finished and gives
+//! them their next task; it never waits, except for reads while file systems are frozen.
+
+use crate::source::budget::FreezeBudget;
+use crate::source::buffers::{BUFFER_BYTES, Memory};
+use crate::source::proof::{Doubt, last_pass, prove, set_aside};
+use crate::source::seams::{Env, Freeze};
+use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume, lock};
+use secondsite_format::ids::{CutId, VolumeId};
+use secondsite_format::manifest::{Consistency, CutMethod};
+use std::path::PathBuf;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+/// Pre-copy passes before the cut is made with what is left.
+const PASSES_MAX: u32 = 8;
+/// Last passes tried for a quiet moment, and the time between them.
+const QUIET_ATTEMPTS: u32 = 5;
+const QUIET_EVERY: Duration = Duration::from_millis(20);
+/// A write-back that took longer forbids a freeze: freezing writes back too, and cannot be
+/// interrupted.
+const STALL_LIMIT: Duration = Duration::from_millis(300);
+/// Write-backs tried until one is quick.
+const SYNCS_MAX: u32 = 4;
+/// The longest freeze asked for, how long a proof is tried within it, and how often.
+const FREEZE_LIMIT: Duration = Duration::from_millis(500);
+const FREEZE_PROOF: Duration = Duration::from_millis(150);
+const FREEZE_ATTEMPTS: u32 = 16;
+/// A member without a session holds the others up no longer.
+const AWAY_PATIENCE: Duration = Duration::from_secs(60);
+/// How often a round looks at its members without being rung for.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Most buffers that one volume's last passes hold.
+const LAST_BUFFERS_MAX: usize = 8;
+
+/// What a round works with.
+pub struct Tools<'a> {
+    /// Clock and chance.
+    pub env: &'a dyn Env,
+    /// Buffers.
+    pub memory: &'a Memory,
+    /// Freezes.
+    pub freezer: &'a mut dyn Freeze,
+    /// How much it may.
+    pub budget: &'a mut FreezeBudget,
+    /// All protected volumes of the server.
+    pub protected: &'a [VolumeId],
+    /// How long a round may wait to be allowed a freeze.
+    pub freeze_patience: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Compare,
+    Pass,
+    Barrier,
+    Quiet(Duration),
+    Wait(Duration),
+    Sync,
+    Ship,
+}
+
+/// What a round came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Point {
+    /// Its id.
+    pub cut_id: CutId,
+    /// Proven, and everything could be read.
+    pub exact: bool,
+    /// Why it is fuzzy.
+    pub why: String,
+    /// Volumes that committed it; all of its members did.
+    pub members: Vec<VolumeId>,
+}
+
+/// A round under way.
+pub struct Round {
+    cut_id: CutId,
+    members: Vec<Arc<Volume>>,
+    stage: Stage,
+    passes: u32,
+    attempts: u32,
+    syncs: u32,
+    /// The passes of now lead to a freeze.
+    to_freeze: bool,
+    why: String,
+    exact: bool,
+    /// A member left after the cut: the point is not whole.
+    incomplete: bool,
+    /// When it began.
+    pub started: Duration,
+}
+
+/// A step's result.
+pub enum Step {
+    /// Call again after this long, or when rung.
+    Wait(Duration),
+    /// Over; none if no point came of it.
+    Ended(Option<Point>),
+}
+
+impl Round {
+    /// Begins a round; compare-only members are compared first.
+    pub fn new(members: Vec<Arc<Volume>>, env: &dyn Env) -> Self {
+        for volume in members.iter().filter(|volume| volume.compare_only) {
+            volume.give(Task::Compare);
+        }
+        for volume in members.iter().filter(|volume| !volume.compare_only) {
+            volume.control().outcome = Outcome::Done;
+        }
+        Self {
+            cut_id: CutId(env.random()),
+            members,
+            stage: Stage::Compare,
+            passes: 0,
+            attempts: 0,
+            syncs: 0,
+            to_freeze: false,
+            why: String::new(),
+            exact: false,
+            incomplete: false,
+            started: env.now(),
+        }
+    }
+
+    /// Whether this volume is a member.
+    pub fn has(&self, id: VolumeId) -> bool {
+        self.members.iter().any(|volume| volume.id() == id)
+    }
+
+    /// Its members.
+    pub fn ids(&self) -> impl Iterator<Item = VolumeId> + '_ {
+        self.members.iter().map(|volume| volume.id())
+    }
+
+    /// Goes on without a volume that is no longer protected.
+    pub fn remove(&mut self, id: VolumeId) {
+        self.incomplete |= self.has(id) && self.stage == Stage::Ship;
+        self.members.retain(|volume| volume.id() != id);
+    }
+
+    /// What it does, for people, with a percentage.
+    pub fn note(&self) -> (u8, &'static str) {
+        match self.stage {
+            Stage::Compare => (5, "comparing volumes without a tracker"),
+            Stage::Pass => (20, "sending what was written"),
+            Stage::Barrier => (50, "waiting for the target"),
+            Stage::Quiet(_) => (60, "waiting for a quiet moment"),
+            Stage::Wait(_) => (65, "waiting until a freeze is allowed again"),
+            Stage::Sync => (70, "writing file systems back before a freeze"),
+            Stage::Ship => (85, "sending the last of it"),
+        }
+    }
+
+    /// Goes on as far as it can.
+    pub fn step(&mut self, tools: &mut Tools<'_>) -> Step {
+        loop {
+            self.shed(tools.env.now());
+            if self.members.is_empty() {
+                return Step::Ended(None);
+            }
+            let pending = |volume: &Arc<Volume>| volume.control().outcome == Outcome::Pending;
+            if self.members.iter().any(pending) {
+                return Step::Wait(LOOK_EVERY);
+            }
+            let now = tools.env.now();
+            match self.stage {
+                Stage::Compare => self.begin(),
+                Stage::Pass => self.passed(tools),
+                Stage::Barrier if self.to_freeze => self.freeze(tools),
+                Stage::Barrier => {
+                    self.attempts = 0;
+                    self.stage = Stage::Quiet(now);
+                }
+                Stage::Quiet(at) | Stage::Wait(at) if now < at => return Step::Wait(at - now),
+                Stage::Quiet(_) => self.quiet(tools),
+                Stage::Wait(_) => self.give_all(Stage::Sync, Task::Sync),
+                Stage::Sync => self.synced(tools),
+                Stage::Ship => return Step::Ended(self.point()),
+            }
+        }
+    }
+
+    /// Lets go of members whose epoch is no more, and of those that keep the others waiting.
+    fn shed(&mut self, now: Duration) {
+        let shipping = self.stage == Stage::Ship;
+        let away = |volume: &Arc<Volume>| {
+            volume.control().away_since.is_some_and(|since| now > since + AWAY_PATIENCE)
+        };
+        let all_away = self.members.iter().all(away);
+        let before = self.members.len();
+        self.members.retain(|volume| {
+            if matches!(volume.control().outcome, Outcome::Dropped(_)) {
+                return false;
+            }
+            if !away(volume) || all_away {
+                return true;
+            }
+            if !shipping {
+                volume.give(Task::GiveUp("its session was away while others were cut"));
+            }
+            // When shipping it goes on by itself: its cut is made, and it is in memory.
+            false
+        });
+        self.incomplete |= shipping && self.members.len() < before;
+    }
+
+    fn give_all(&mut self, stage: Stage, task: Task) {
+        self.stage = stage;
+        self.members.iter().for_each(|volume| volume.give(task.clone()));
+    }
+
+    fn begin(&mut self) {
+        let cut_id = self.cut_id;
+        self.members.retain(|volume| volume.begin(cut_id));
+        self.give_all(Stage::Pass, Task::Pass);
+    }
+
+    /// Buffers of each member for last passes.
+    fn share(&self, memory: &Memory) -> usize {
+        (memory.last_count / self.members.len().max(1)).clamp(1, LAST_BUFFERS_MAX)
+    }
+
+    fn passed(&mut self, tools: &Tools<'_>) {
+        self.passes += 1;
+        let small = (self.share(tools.memory) * BUFFER_BYTES / 2) as u64;
+        let left = |volume: &Arc<Volume>| {
+            volume.marks().live_count() * u64::from(volume.shape.block_bytes)
+        };
+        if self.passes < PASSES_MAX && self.members.iter().any(|volume| left(volume) > small) {
+            self.give_all(Stage::Pass, Task::Pass);
+        } else {
+            self.give_all(Stage::Barrier, Task::Barrier);
+        }
+    }
+
+    fn tracked(&self) -> Vec<Arc<Volume>> {
+        self.members.iter().filter(|volume| !volume.compare_only).cloned().collect()
+    }
+
+    /// A last pass in the hope that nothing is written meanwhile.
+    fn quiet(&mut self, tools: &mut Tools<'_>) {
+        let tracked = self.tracked();
+        if tracked.is_empty() {
+            return self.cut(CutMethod::Compare, false, tools);
+        }
+        let share = self.share(tools.memory);
+        let attempt = {
+            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            for (volume, bench) in tracked.iter().zip(&mut benches) {
+                set_aside(volume, bench, tools.memory, share);
+            }
+            attempt(&tracked, &mut benches)
+        };
+        self.attempts += 1;
+        match attempt {
+            Ok(()) => self.cut(CutMethod::Quiet, true, tools),
+            Err(failure) => {
+                let busy = self.unproven(&tracked, failure);
+                if busy && self.attempts >= QUIET_ATTEMPTS {
+                    self.plan_freeze(tools);
+                } else {
+                    self.stage = Stage::Quiet(tools.env.now() + QUIET_EVERY);
+                }
+            }
+        }
+    }
+
+    /// Notes why; a member whose tracker or disk fails leaves. True if it was only busy.
+    fn unproven(&mut self, tracked: &[Arc<Volume>], failure: Failure) -> bool {
+        match failure {
+            Failure::Doubt(Doubt::Busy(i)) => {
+                self.why = format!("{} was written to during the cut", tracked[i].path.display());
+                true
+            }
+            Failure::Doubt(Doubt::Gap(i, why)) => {
+                // Stored before anything else: whatever ends this process, the compare is due.
+                tracked[i].marks().set_compare_due(true);
+                tracked[i].control().doubt = Some(format!("the tracker missed writes ({why})"));
+                tracked[i].give(Task::GiveUp("the tracker missed writes"));
+                self.members.retain(|volume| volume.id() != tracked[i].id());
+                false
+            }
+            Failure::Doubt(Doubt::Fallen(i)) => {
+                tracked[i].give(Task::GiveUp("the cut no longer stood"));
+                self.members.retain(|volume| volume.id() != tracked[i].id());
+                false
+            }
+            Failure::Disk(i) => {
+                // The shipper looks at the disk itself before it goes on, and says what is wrong.
+                tracked[i].give(Task::GiveUp("the volume cannot be read"));
+                self.members.retain(|volume| volume.id() != tracked[i].id());
+                false
+            }
+        }
+    }
+
+    fn mounts(&self) -> Vec<PathBuf> {
+        let mut mounts: Vec<PathBuf> =
+            self.tracked().iter().flat_map(|volume| volume.tracker.mounts()).collect();
+        mounts.sort();
+        mounts.dedup();
+        mounts
+    }
+
+    fn plan_freeze(&mut self, tools: &mut Tools<'_>) {
+        let now = tools.env.now();
+        let wait = tools.budget.wait(now);
+        if self.mounts().is_empty() {
+            self.why += ", and no file system on it can be frozen: points are exact when it is quiet";
+            self.cut(CutMethod::Unproven, false, tools);
+        } else if wait > tools.freeze_patience {
+            self.why += &format!(", and the next freeze is allowed in {} s", wait.as_secs() + 1);
+            self.cut(CutMethod::Unproven, false, tools);
+        } else {
+            self.stage = Stage::Wait(now + wait);
+        }
+    }
+
+    /// File systems were written back: freeze next, if that was quick.
+    fn synced(&mut self, tools: &mut Tools<'_>) {
+        self.syncs += 1;
+        let slowest = self.members.iter().map(|volume| volume.control().synced).max();
+        let slowest = slowest.unwrap_or_default();
+        if slowest < STALL_LIMIT {
+            self.to_freeze = true;
+            // One more pass: what the write-back brought.
+            self.passes = PASSES_MAX;
+            self.give_all(Stage::Pass, Task::Pass);
+        } else if self.syncs < SYNCS_MAX {
+            self.give_all(Stage::Sync, Task::Sync);
+        } else {
+            self.why += &format!(
+                ", and writing its file systems back took {} ms: freezing them would stall the application",
+                slowest.as_millis().min(u128::from(u32::MAX))
+            );
+            self.cut(CutMethod::Unproven, false, tools);
+        }
+    }
+
+    /// Freeze, last pass, proof, thaw. Between freeze and thaw nothing is logged, and everything
+    /// of size is allocated before.
+    fn freeze(&mut self, tools: &mut Tools<'_>) {
+        let tracked = self.tracked();
+        let mounts = self.mounts();
+        let share = self.share(tools.memory);
+        let mut result = Err(Failure::Doubt(Doubt::Busy(0)));
+        let mut trouble = None;
+        {
+            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            for (volume, bench) in tracked.iter().zip(&mut benches) {
+                set_aside(volume, bench, tools.memory, share);
+            }
+            let begun = tools.env.now();
+            match tools.freezer.freeze(&mounts, FREEZE_LIMIT) {
+                Err(error) => trouble = Some(error),
+                Ok(()) => {
+                    for _ in 0..FREEZE_ATTEMPTS {
+                        result = attempt(&tracked, &mut benches);
+                        let busy = matches!(result, Err(Failure::Doubt(Doubt::Busy(_))));
+                        if !busy || tools.env.now() > begun + FREEZE_PROOF {
+                            break;
+                        }
+                    }
+                    match tools.freezer.thaw() {
+                        Ok((took, whole)) => {
+                            tools.budget.spent(tools.env.now(), took);
+                            if !whole {
+                                trouble = Some("it was thawed before the cut was made".into());
+                            }
+                        }
+                        Err(error) => trouble = Some(error),
+                    }
+                }
+            }
+            if trouble.is_some() {
+                // Something is amiss: as careful as after the longest freeze.
+                tools.budget.spent(tools.env.now(), FREEZE_LIMIT);
+            }
+        }
+        match (result, trouble) {
+            (Ok(()), None) => self.cut(CutMethod::Freeze, true, tools),
+            (_, Some(trouble)) => {
+                self.why += &format!(", and the freeze failed: {trouble}");
+                self.cut(CutMethod::Unproven, false, tools);
+            }
+            (Err(failure), None) => {
+                if self.unproven(&tracked, failure) {
+                    self.why += " although its file systems were frozen: something else writes";
+                    self.cut(CutMethod::Unproven, false, tools);
+                } else {
+                    // Without the member that failed: once more.
+                    self.stage = Stage::Quiet(tools.env.now());
+                    self.attempts = 0;
+                    self.to_freeze = false;
+                }
+            }
+        }
+    }
+
+    /// The cut is made: everybody sends the rest, signs and commits.
+    fn cut(&mut self, method: CutMethod, exact: bool, tools: &Tools<'_>) {
+        // After the last read of any: only members whose header still says that the cut stands.
+        let cut_id = self.cut_id;
+        self.members.retain(|volume| {
+            let cut = volume.marks().cut();
+            cut.stands && cut.cut_id == cut_id.0
+        });
+        let mut members: Vec<VolumeId> = self.members.iter().map(|volume| volume.id()).collect();
+        members.sort_unstable();
+        let mut lacking: Vec<VolumeId> = tools.protected.to_vec();
+        lacking.retain(|id| members.binary_search(id).is_err());
+        lacking.sort_unstable();
+        self.exact = exact;
+        let cut_time_ns = tools.env.wall_ns();
+        for volume in &self.members {
+            let (method, exact) = if volume.compare_only {
+                (CutMethod::Compare, false)
+            } else {
+                (method, exact)
+            };
+            let consistency = if exact { Consistency::Crash } else { Consistency::Fuzzy };
+            let fuzzy = match (volume.compare_only, exact) {
+                (true, _) | (_, true) => String::new(),
+                _ => format!("the last point is fuzzy: {}", self.why),
+            };
+            volume.face.update(|status| status.fuzzy = fuzzy);
+            volume.give(Task::Ship(Box::new(Verdict {
+                cut_time_ns,
+                consistency,
+                method,
+                members: members.clone(),
+                lacking: lacking.clone(),
+            })));
+        }
+        self.stage = Stage::Ship;
+    }
+
+    fn point(&self) -> Option<Point> {
+        if self.incomplete {
+            return None;
+        }
+        let tracked = self.tracked();
+        let read = tracked.iter().all(|volume| volume.control().exact);
+        let why = match (self.exact, read) {
+            (true, false) => "some blocks cannot be read".into(),
+            _ => self.why.clone(),
+        };
+        Some(Point {
+            cut_id: self.cut_id,
+            exact: self.exact && read && !tracked.is_empty(),
+            why,
+            members: self.members.iter().map(|volume| volume.id()).collect(),
+        })
+    }
+}
+
+enum Failure {
+    Doubt(Doubt),
+    Disk(usize),
+}
+
+fn attempt(volumes: &[Arc<Volume>], benches: &mut [MutexGuard<'_, Bench>]) -> Result<(), Failure> {
+    for (i, (volume, bench)) in volumes.iter().zip(benches.iter_mut()).enumerate() {
+        last_pass(volume, bench).map_err(|_| Failure::Disk(i))?;
+    }
+    let mut members: Vec<(&Volume, &mut Bench)> = volumes
+        .iter()
+        .map(|volume| volume.as_ref())
+        .zip(benches.iter_mut().map(|bench| &mut **bench))
+        .collect();
+    prove(&mut members).map_err(Failure::Doubt)
+}

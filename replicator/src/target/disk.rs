@@ -1,0 +1,290 @@
+//! The storage that a volume of the target lives on, behind two small traits, so that a simulator
+//! runs the same code over a faulty disk ([`memory`]) that the daemon runs over files ([`Folder`]).
+//!
+//! Invariants: a write is durable after `sync` of its file, a name after `sync_names` of its
+//! folder, and neither before. A file that was removed stays readable for who holds it open.
+
+pub mod memory;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The folder of one volume. Names are relative, with at most one `/`.
+pub trait Disk: Send + Sync {
+    /// Names of the files in `folder` (`""` is the top), unsorted.
+    fn list(&self, folder: &str) -> io::Result<Vec<String>>;
+    /// A new file, or an existing one emptied.
+    fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
+    /// An existing file.
+    fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>>;
+    /// Gives a file another name, replacing what had it.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Takes a file's name away.
+    fn remove(&self, name: &str) -> io::Result<()>;
+    /// Makes creations, renames and removals in `folder` durable.
+    fn sync_names(&self, folder: &str) -> io::Result<()>;
+    /// Bytes that can still be written.
+    fn free_bytes(&self) -> io::Result<u64>;
+    /// What to call a file when talking to people.
+    fn path(&self, name: &str) -> PathBuf;
+
+    /// The whole of a file of at most `bytes_max`, or none if there is no such file.
+    fn read(&self, name: &str, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
+        let file = match self.open(name) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        let bytes = file.bytes()?;
+        if bytes > bytes_max {
+            return Err(io::Error::new(ErrorKind::InvalidData, "it is larger than it can be"));
+        }
+        let mut content = vec![0; bytes as usize];
+        file.read_at(0, &mut content)?;
+        Ok(Some(content))
+    }
+
+    /// Puts `content` in the place of a file of the top folder: after a crash it is wholly the old
+    /// or wholly the new one, and the new one when this has returned.
+    fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        let fresh = format!("{name}.new");
+        let file = self.create(&fresh)?;
+        file.write_at(0, content)?;
+        file.sync()?;
+        self.rename(&fresh, name)?;
+        self.sync_names("")
+    }
+}
+
+/// An open file or block device. All verbs may be called from several threads.
+pub trait DiskFile: Send + Sync {
+    /// Fills `buffer`; running into the end is an error.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    /// Writes all of `content`.
+    fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()>;
+    /// Makes a range read as zero, giving back its space where that can be done.
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()>;
+    /// Makes what was written durable. After an error nobody knows what is: stop.
+    fn sync(&self) -> io::Result<()>;
+    /// Cuts or extends (with zeros) to `bytes`.
+    fn truncate(&self, bytes: u64) -> io::Result<()>;
+    /// Its size, bytes.
+    fn bytes(&self) -> io::Result<u64>;
+    /// The first offset, from `offset` on, that may hold anything but zero; the size if none does.
+    fn next_data(&self, offset: u64) -> io::Result<u64>;
+}
+
+/// A [`Disk`] in a folder of a file system.
+pub struct Folder {
+    path: PathBuf,
+}
+
+impl Folder {
+    /// Takes the folder, making it, its sub-folders `inner` and its parents below `store` where
+    /// they are missing, durably.
+    pub fn create(store: &Path, below: &str, inner: &[&str]) -> io::Result<Self> {
+        let path = store.join(below);
+        let mut made = store.to_path_buf();
+        let parts = Path::new(below).components().map(|part| part.as_os_str());
+        for part in parts {
+            made.push(part);
+            make_folder(&made)?;
+        }
+        for name in inner {
+            make_folder(&path.join(name))?;
+        }
+        Ok(Self { path })
+    }
+
+    /// Takes a folder that exists.
+    pub fn existing(path: PathBuf) -> Self {
+        Self { path }
+    }
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(()),
+        made => made?,
+    }
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+impl Disk for Folder {
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let entries = std::fs::read_dir(self.path.join(folder))?;
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        Ok(Arc::new(PlainFile { file: options.open(self.path.join(name))? }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let file = OpenOptions::new().read(true).write(true).open(self.path.join(name))?;
+        Ok(Arc::new(PlainFile { file }))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        std::fs::rename(self.path.join(from), self.path.join(to))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        std::fs::remove_file(self.path.join(name))
+    }
+
+    fn sync_names(&self, folder: &str) -> io::Result<()> {
+        File::open(self.path.join(folder))?.sync_all()
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        free_bytes(&self.path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+}
+
+/// What an ordinary user may still write to the file system of `path`, bytes.
+pub fn free_bytes(path: &Path) -> io::Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(path)?;
+    Ok(stat.blocks_available() * stat.fragment_size())
+}
+
+struct PlainFile {
+    file: File,
+}
+
+impl DiskFile for PlainFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(content, offset)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        use nix::fcntl::{FallocateFlags, fallocate};
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(&self.file, flags, offset as i64, bytes as i64) {
+            Err(nix::errno::Errno::EOPNOTSUPP) => write_zeros(&self.file, offset, bytes),
+            done => Ok(done?),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn truncate(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        use nix::unistd::{Whence, lseek};
+        // The file position is used by nobody else: all other verbs name their offset.
+        match lseek(&self.file, offset as i64, Whence::SeekData) {
+            Ok(found) => Ok(found as u64),
+            Err(nix::errno::Errno::ENXIO) => self.bytes(),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A block device, held exclusively.
+pub struct Device {
+    file: File,
+    bytes: u64,
+}
+
+/// `BLKGETSIZE64`: `_IOR(0x12, 114, size_t)`, gives bytes.
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+/// `BLKZEROOUT`: `_IO(0x12, 127)`, takes offset and length.
+const BLKZEROOUT: libc::c_ulong = 0x127f;
+
+impl Device {
+    /// Opens a block device with `O_EXCL`: the kernel refuses while it is mounted or held.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        use std::os::unix::fs::FileTypeExt;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).custom_flags(libc::O_EXCL).open(path)?;
+        if !file.metadata()?.file_type().is_block_device() {
+            return Err(io::Error::new(ErrorKind::InvalidInput, "not a block device"));
+        }
+        let mut bytes = 0u64;
+        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
+        if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { file, bytes })
+    }
+}
+
+impl DiskFile for Device {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(content, offset)
+    }
+
+    fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let range = [offset, bytes];
+        // SAFETY: the descriptor is open and BLKZEROOUT reads two u64 from the pointer given,
+        // which outlives the call.
+        let done = unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) };
+        if done == 0 {
+            return Ok(());
+        }
+        match io::Error::last_os_error() {
+            // Ranges that are no multiple of the device's sectors, or a device without it.
+            error if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                write_zeros(&self.file, offset, bytes)
+            }
+            error => Err(error),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn truncate(&self, _bytes: u64) -> io::Result<()> {
+        Err(io::Error::new(ErrorKind::Unsupported, "a device cannot be truncated"))
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.bytes)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<u64> {
+        Ok(offset)
+    }
+}
+
+fn write_zeros(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    const CHUNK_BYTES: u64 = 1 << 20;
+    let zeros = vec![0; bytes.min(CHUNK_BYTES) as usize];
+    let mut done = 0;
+    while done < bytes {
+        let count = (bytes - done).min(CHUNK_BYTES);
+        file.write_all_at(&zeros[..count as usize], offset + done)?;
+        done += count;
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! One volume as a site knows it: what it should be, whether it is open, and whose turn it is.
+//!
+//! Invariants: at most one session sits at a volume; a newcomer ends it and waits until its thread
+//! has left, so that no two threads ever receive for one volume; of several newcomers the last
+//! wins.
+
+use super::keeper::{Keeper, VolumeSpec};
+use super::replica;
+use super::session::SessionHandle;
+use super::volume::refuse;
+use secondsite_control::api::TargetVolumeReport;
+use secondsite_format::ids::VolumeId;
+use secondsite_format::message::{Hello, Refusal, RefusalCode};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// An older session that has not left by itself in this time is cut off.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
+/// A newcomer waits no longer than this: the older one's thread is stuck in the storage.
+const SEAT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether a volume can be used.
+pub enum Opened {
+    /// Its journal is being checked.
+    Pending,
+    /// It can.
+    Open(Arc<Keeper>),
+    /// It cannot, and why.
+    Failed(String),
+}
+
+#[derive(Default)]
+struct Seats {
+    session: Option<(Arc<SessionHandle>, Hello)>,
+    newest: u64,
+}
+
+/// See the module.
+pub struct Entry {
+    spec: Mutex<Option<VolumeSpec>>,
+    opened: Mutex<Opened>,
+    refused: Mutex<Option<String>>,
+    seats: Mutex<Seats>,
+    left: Condvar,
+}
+
+/// A session's right to the volume; given up when dropped.
+pub struct Seat<'a> {
+    /// The volume.
+    pub keeper: Arc<Keeper>,
+    entry: &'a Entry,
+}
+
+impl Entry {
+    /// A volume that is not open yet.
+    pub fn new(spec: Option<VolumeSpec>) -> Self {
+        Self {
+            spec: Mutex::new(spec),
+            opened: Mutex::new(Opened::Pending),
+            refused: Mutex::default(),
+            seats: Mutex::default(),
+            left: Condvar::new(),
+        }
+    }
+
+    /// What the assignment says; whether the volume is to be opened now.
+    pub fn set_spec(&self, spec: VolumeSpec) -> bool {
+        let mut known = lock(&self.spec);
+        let differs = known.as_ref() != Some(&spec);
+        *known = Some(spec);
+        differs && !matches!(*lock(&self.opened), Opened::Open(_))
+    }
+
+    /// What the assignment said last.
+    pub fn spec(&self) -> Option<VolumeSpec> {
+        lock(&self.spec).clone()
+    }
+
+    /// It is open, or cannot be.
+    pub fn set_opened(&self, opened: Opened) {
+        *lock(&self.opened) = opened;
+    }
+
+    /// The open volume.
+    pub fn keeper(&self) -> Option<Arc<Keeper>> {
+        match &*lock(&self.opened) {
+            Opened::Open(keeper) => Some(keeper.clone()),
+            Opened::Pending | Opened::Failed(_) => None,
+        }
+    }
+
+    /// Size and block size that are stored.
+    pub fn size(&self) -> Option<(u64, u32)> {
+        let keeper = self.keeper()?;
+        let volume = keeper.volume();
+        Some((volume.record().volume_bytes, volume.record().block_bytes))
+    }
+
+    /// The last refusal, or none if a session was welcomed since.
+    pub fn note_refused(&self, message: Option<String>) {
+        *lock(&self.refused) = message;
+    }
+
+    /// The session at the volume, and what it said of itself.
+    pub fn session(&self) -> Option<(Arc<SessionHandle>, Hello)> {
+        lock(&self.seats).session.clone()
+    }
+
+    /// A seat for this session, once every older one has left.
+    pub fn seat(&self, handle: &Arc<SessionHandle>, hello: &Hello) -> Result<Seat<'_>, Refusal> {
+        let keeper = match &*lock(&self.opened) {
+            Opened::Open(keeper) => keeper.clone(),
+            Opened::Failed(why) => return Err(refuse(RefusalCode::Storage, why.clone())),
+            Opened::Pending => {
+                let message = "the volume's journal is still being checked after a start";
+                return Err(refuse(RefusalCode::Storage, message));
+            }
+        };
+        let replaced = || refuse(RefusalCode::Replaced, "a newer session of the volume took over");
+        let begun = Instant::now();
+        let mut seats = lock(&self.seats);
+        seats.newest += 1;
+        let ours = seats.newest;
+        self.left.notify_all(); // others that wait see that they are not the newest any more
+        while let Some((older, _)) = seats.session.clone() {
+            older.end(replaced());
+            let (again, waited) = self
+                .left
+                .wait_timeout(seats, LEAVE_TIMEOUT)
+                .expect("nothing panics while it holds the seats");
+            seats = again;
+            if seats.newest != ours {
+                return Err(replaced());
+            }
+            if waited.timed_out() {
+                older.cut();
+            }
+            if begun.elapsed() > SEAT_TIMEOUT {
+                let message = "an older session of the volume still waits for the storage here";
+                return Err(refuse(RefusalCode::Storage, message));
+            }
+        }
+        if seats.newest != ours {
+            return Err(replaced());
+        }
+        seats.session = Some((handle.clone(), hello.clone()));
+        Ok(Seat { keeper, entry: self })
+    }
+
+    /// The row of the report.
+    pub fn report(&self, id: VolumeId) -> TargetVolumeReport {
+        let mut report = TargetVolumeReport {
+            id: id.to_string(),
+            connected: self.session().is_some(),
+            copied: false,
+            generation: 0,
+            epoch: None,
+            promoted_epoch: None,
+            replica: String::new(),
+            journal_bytes: 0,
+            error: None,
+            refused: lock(&self.refused).clone(),
+        };
+        match &*lock(&self.opened) {
+            Opened::Pending => {}
+            Opened::Failed(why) => report.error = Some(why.clone()),
+            Opened::Open(keeper) => {
+                report.replica = keeper.replica.path.display().to_string();
+                let volume = keeper.volume();
+                report.copied = volume.copied();
+                report.generation = volume.record().generation.0;
+                report.epoch = volume.durable().map(|facts| facts.epoch.0);
+                report.promoted_epoch = volume.record().base.as_ref().map(|base| base.epoch.0);
+                report.journal_bytes = volume.journal_bytes();
+                report.error = volume.stopped().map(str::to_owned);
+            }
+        }
+        if report.replica.is_empty()
+            && let Some(spec) = self.spec()
+        {
+            let device = spec.device.map(|path| path.display().to_string());
+            report.replica = device.unwrap_or_else(|| replica::FILE.to_owned());
+        }
+        report
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        lock(&self.entry.seats).session = None;
+        self.entry.left.notify_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nothing panics while it holds a volume's entry")
+}

@@ -1,0 +1,90 @@
+//! Promotion: the oldest epochs of the journal become part of the replica volume.
+//!
+//! Idempotent after a crash at any instant: the epochs leave the journal only after the replica is
+//! synced and the new base is durable, and until then writing them again gives the same bytes. An
+//! interrupted promotion is finished at least as far as it had begun ([`Volume::plan_promotion`]).
+//!
+//! [`Volume::plan_promotion`]: super::volume::Volume::plan_promotion
+
+use super::index::{EpochIndex, next_piece, overlay};
+use super::journal::{FOLDER, Segment};
+use super::keeper::Keeper;
+use super::state::StateRecord;
+use super::view::FrameReader;
+use secondsite_format::ids::Epoch;
+use secondsite_format::message::Refusal;
+use std::io;
+use std::sync::Arc;
+
+/// Bytes of the volume whose pieces are sorted out at a time.
+const WINDOW_BYTES: u64 = 64 << 20;
+
+/// Promotes a volume up to `wanted`, as long as `going` says so. Whether anything was promoted.
+pub fn promote(keeper: &Keeper, wanted: Epoch, going: &dyn Fn() -> bool) -> Result<bool, Refusal> {
+    let planned = {
+        let volume = keeper.volume();
+        volume.check_running()?;
+        volume.plan_promotion(wanted)
+    };
+    let Some((begun, epochs)) = planned else { return Ok(false) };
+    let last = epochs.last().expect("a plan has an epoch").clone();
+    // Durable before the first write to the replica: from here on it is between two.
+    keeper.store_durably(&begun)?;
+    keeper.volume().set_record(begun.clone());
+    let indexes: Vec<Arc<EpochIndex>> = epochs.into_iter().map(|epoch| epoch.index).collect();
+    let written = write(keeper, &indexes, begun.volume_bytes, going)
+        .map_err(|error| keeper.failed("promoting into", &keeper.replica.path, &error))?;
+    if !written {
+        return Ok(false); // the next start goes on
+    }
+    keeper.sync_replica()?;
+    let base = Some((*last.facts).clone());
+    let record = StateRecord { base, tail: last.end, promoting: None, ..begun };
+    keeper.store_durably(&record)?;
+    // The base is durable and so is the replica: nothing reads these epochs from the journal
+    // again, but a view that began before, and that keeps its segments open.
+    let promised = keeper.volume().promoted(record);
+    if keeper.replica.is_file {
+        keeper.space.give_back(promised);
+    }
+    remove_segments(keeper, last.end.segment)
+        .map_err(|error| keeper.stop("removing from", &keeper.disk.path(FOLDER), &error))?;
+    Ok(true)
+}
+
+/// Writes the newest version of every byte once, in rising order; false if it was told to end.
+fn write(
+    keeper: &Keeper,
+    epochs: &[Arc<EpochIndex>],
+    volume_bytes: u64,
+    going: &dyn Fn() -> bool,
+) -> io::Result<bool> {
+    let replica = &keeper.replica.file;
+    let mut reader = FrameReader::new(volume_bytes);
+    let mut at = 0;
+    while let Some(start) = next_piece(epochs, at) {
+        let end = start.saturating_add(WINDOW_BYTES);
+        for piece in overlay(epochs, start, end) {
+            if !going() {
+                return Ok(false);
+            }
+            reader.piece(epochs, &piece, |content| match content {
+                Some(content) => replica.write_at(piece.start, content),
+                None => replica.zero(piece.start, piece.end - piece.start),
+            })?;
+        }
+        at = end;
+    }
+    Ok(true)
+}
+
+/// Removes the segments whose frames are all promoted: those before the one in which the base's
+/// commit ends. A crash in between leaves some; opening removes them.
+fn remove_segments(keeper: &Keeper, first_kept: u64) -> io::Result<()> {
+    for name in keeper.disk.list(FOLDER)? {
+        if let Some(number) = Segment::number(&name).filter(|number| *number < first_kept) {
+            keeper.disk.remove(&Segment::name(number))?;
+        }
+    }
+    Ok(())
+}

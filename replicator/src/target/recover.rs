@@ -1,0 +1,281 @@
+//! Opening a journal: every frame behind the promoted base is read and checked as if it came from
+//! the wire; what is not whole behind the last commit is dropped.
+//!
+//! A commit frame is written only when the data before it is durable ([`super::journal`]). So
+//! bytes that cannot be read with a whole commit of this volume behind them are damage to an
+//! acknowledged epoch: the volume stops and nothing is changed. Without one they are an epoch
+//! that was never acknowledged.
+
+use super::disk::Disk;
+use super::journal::{FOLDER, FramePlace, HeaderError, Journal, Place, Segment};
+use super::journal::{SEGMENT_HEADER_BYTES, VERSION};
+use super::state::StateRecord;
+use super::volume::{CommitStep, DataStep, Verify, Volume};
+use secondsite_format::FormatError;
+use secondsite_format::extent::Content;
+use secondsite_format::frame::{self, Frame, FrameKind, HEADER_BYTES, RawHeader};
+use secondsite_format::manifest::SignedManifest;
+use std::io;
+use std::sync::Arc;
+
+/// Why a journal cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// Its storage failed.
+    #[error("journal: {0}")]
+    Io(#[from] io::Error),
+    /// A newer Secondsite wrote it.
+    #[error(
+        "{name} was written by a newer Secondsite (version {found}, this one reads up to \
+         {VERSION}): upgrade the target; nothing was changed"
+    )]
+    Newer {
+        /// The segment.
+        name: String,
+        /// Its version.
+        found: u16,
+    },
+    /// An acknowledged epoch cannot be read.
+    #[error(
+        "{name} is damaged at offset {offset} ({cause}), and epoch {epoch} was committed behind \
+         it: restore the file from the storage below, or unprotect and protect the volume again \
+         to begin with a new copy; nothing was changed"
+    )]
+    Damaged {
+        /// The segment.
+        name: String,
+        /// First byte that cannot be read.
+        offset: u64,
+        /// What is wrong with it.
+        cause: String,
+        /// A committed epoch behind it.
+        epoch: u64,
+    },
+}
+
+/// Reads the journal behind `volume`'s base into it, and returns the journal's end.
+pub fn recover(
+    disk: &Arc<dyn Disk>,
+    volume: &mut Volume,
+    verify: Verify,
+) -> Result<Journal, RecoverError> {
+    let mut numbers: Vec<u64> =
+        disk.list(FOLDER)?.iter().filter_map(|name| Segment::number(name)).collect();
+    numbers.sort_unstable();
+    let mut segments = Vec::new();
+    for number in &numbers {
+        let segment = Arc::new(Segment::open(&**disk, *number)?);
+        let whole = segment.check_header(volume.record().volume).map_err(|error| match error {
+            HeaderError::Io(error) => RecoverError::Io(error),
+            HeaderError::Newer { found } => {
+                RecoverError::Newer { name: Segment::name(*number), found }
+            }
+        })?;
+        segments.push((segment, whole));
+    }
+    let tail = volume.record().tail;
+    segments.retain(|(segment, _)| segment.number >= tail.segment);
+    let mut scan = Scan { at: tail, committed: tail, volume, verify };
+    let stop = scan.run(&segments)?;
+    if let Some(cause) = stop
+        && let Some(epoch) = scan.commit_behind(&segments)?
+    {
+        let (name, offset) = (Segment::name(scan.at.segment), scan.at.offset);
+        return Err(RecoverError::Damaged { name, offset, cause, epoch });
+    }
+    scan.volume.drop_staged();
+    let committed = scan.committed;
+    drop_behind(disk, &segments, committed)?;
+    // Segments wholly below the base were promoted; a crash kept them from being removed.
+    for number in numbers.iter().filter(|number| **number < tail.segment) {
+        disk.remove(&Segment::name(*number))?;
+    }
+    let current = segments
+        .into_iter()
+        .find(|(segment, whole)| segment.number == committed.segment && *whole)
+        .map(|(segment, _)| segment);
+    let id = scan.volume.record().volume;
+    let mut end = committed;
+    if current.is_none() && end.offset != SEGMENT_HEADER_BYTES {
+        // Somebody took the segment that held the base's commit. Everything of it is in the
+        // replica; go on in a fresh one, and say so first, so that the next start looks there.
+        let newest = numbers.last().copied().unwrap_or(0).max(end.segment);
+        end = Place { segment: newest + 1, offset: SEGMENT_HEADER_BYTES };
+        let record = StateRecord { tail: end, ..scan.volume.record().clone() };
+        record.store(&**disk)?;
+        scan.volume.set_record(record);
+    }
+    Ok(Journal::new(disk.clone(), id, current, end))
+}
+
+/// Takes away what stands behind the last commit. It was never acknowledged, or its commit would
+/// have been found.
+fn drop_behind(
+    disk: &Arc<dyn Disk>,
+    segments: &[(Arc<Segment>, bool)],
+    committed: Place,
+) -> io::Result<()> {
+    let mut names_changed = false;
+    for (segment, whole) in segments.iter().rev() {
+        let behind = segment.number > committed.segment;
+        if behind || !whole {
+            disk.remove(&Segment::name(segment.number))?;
+            names_changed = true;
+        } else if segment.number == committed.segment && segment.file().bytes()? > committed.offset
+        {
+            segment.file().truncate(committed.offset)?;
+            segment.file().sync()?;
+        }
+    }
+    if names_changed { disk.sync_names(FOLDER) } else { Ok(()) }
+}
+
+struct Scan<'a> {
+    at: Place,
+    committed: Place,
+    volume: &'a mut Volume,
+    verify: Verify,
+}
+
+impl Scan<'_> {
+    /// Replays frames until the end (`None`) or until something is not as it should be.
+    fn run(&mut self, segments: &[(Arc<Segment>, bool)]) -> io::Result<Option<String>> {
+        let mut due = self.at.segment;
+        for (segment, whole) in segments {
+            if segment.number != due {
+                return Ok(Some(format!("{} is missing", Segment::name(due))));
+            }
+            if segment.number != self.at.segment {
+                self.at = Place { segment: segment.number, offset: SEGMENT_HEADER_BYTES };
+            }
+            if !whole {
+                self.at.offset = 0;
+                return Ok(Some("its header is not whole".into()));
+            }
+            let bytes = segment.file().bytes()?;
+            if bytes < self.at.offset {
+                return Ok(Some("it is cut short".into()));
+            }
+            while self.at.offset < bytes {
+                if let Err(stop) = self.frame(segment, bytes)? {
+                    return Ok(Some(stop));
+                }
+            }
+            due += 1;
+        }
+        Ok(None)
+    }
+
+    /// Replays the frame at `self.at`, whatever its body claims to be.
+    fn frame(&mut self, segment: &Arc<Segment>, bytes: u64) -> io::Result<Result<(), String>> {
+        let offset = self.at.offset;
+        let frame = match read_frame(segment, offset, bytes)? {
+            Ok(frame) => frame,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let total_bytes = frame.total_bytes();
+        let stop = |why: String| Ok(Err(why));
+        match frame.header.kind {
+            FrameKind::Data => {
+                let content = match Content::decode(&frame.body, self.volume.record().volume_bytes)
+                {
+                    Ok(content) => content,
+                    Err(error) => return Ok(Err(error.to_string())),
+                };
+                let digest = content.digest();
+                match self.volume.check_data(&frame.header, &content, &digest) {
+                    Ok(DataStep::Append { drop_staged: false }) => {}
+                    Ok(_) => return stop("a frame of another cut, or one twice".into()),
+                    Err(refusal) => return stop(refusal.message),
+                }
+                let place =
+                    FramePlace { segment: segment.clone(), offset, bytes: total_bytes as u32 };
+                self.volume.stage(&frame.header, &content, digest, place);
+                self.at.offset += total_bytes;
+            }
+            FrameKind::Commit => {
+                let signed = match SignedManifest::decode(&frame.body) {
+                    Ok(signed) => signed,
+                    Err(error) => return Ok(Err(error.to_string())),
+                };
+                match self.volume.check_commit(&frame.header, &signed, None, self.verify) {
+                    Ok(CommitStep::Append { drop_staged: false }) => {}
+                    Ok(_) => return stop("a commit without its frames, or one twice".into()),
+                    Err(refusal) => return stop(refusal.message),
+                }
+                self.at.offset += total_bytes;
+                self.volume.commit(&signed, total_bytes, self.at);
+                self.committed = self.at;
+            }
+            kind => return stop(format!("a {kind:?} frame does not belong there")),
+        }
+        Ok(Ok(()))
+    }
+
+    /// Looks behind `self.at` for a whole commit of an epoch of this volume that is not durable
+    /// as far as the scan came. The journal holds blocks as they were on the source, so anything
+    /// may stand there: only a manifest that names this volume and whose signature is good counts.
+    fn commit_behind(&self, segments: &[(Arc<Segment>, bool)]) -> io::Result<Option<u64>> {
+        /// Bytes looked at in one go.
+        const WINDOW_BYTES: usize = 1 << 20;
+        let magic = frame::MAGIC.to_le_bytes();
+        let mut window = vec![0; WINDOW_BYTES + magic.len() - 1];
+        for (segment, _) in segments.iter().filter(|(s, _)| s.number >= self.at.segment) {
+            let bytes = segment.file().bytes()?;
+            let mut from = if segment.number == self.at.segment { self.at.offset } else { 0 };
+            while from < bytes {
+                let count = window.len().min((bytes - from) as usize);
+                segment.file().read_at(from, &mut window[..count])?;
+                let places = window[..count].windows(magic.len()).enumerate();
+                for (i, _) in places.filter(|(_, found)| *found == magic) {
+                    if let Some(epoch) = self.is_commit(segment, from + i as u64, bytes)? {
+                        return Ok(Some(epoch));
+                    }
+                }
+                from += WINDOW_BYTES as u64;
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_commit(&self, segment: &Segment, offset: u64, bytes: u64) -> io::Result<Option<u64>> {
+        let Ok(frame) = read_frame(segment, offset, bytes)? else { return Ok(None) };
+        if frame.header.kind != FrameKind::Commit {
+            return Ok(None);
+        }
+        let Ok(signed) = SignedManifest::decode(&frame.body) else { return Ok(None) };
+        let (manifest, record) = (&signed.manifest, self.volume.record());
+        let durable = self.volume.durable().map_or(0, |facts| facts.epoch.0);
+        let ours = (manifest.server, manifest.volume, manifest.generation)
+            == (record.server, record.volume, record.generation)
+            && manifest.epoch.0 > durable
+            && (self.verify)(&signed.public_key, &signed.signed_bytes, &signed.signature);
+        Ok(ours.then_some(manifest.epoch.0))
+    }
+}
+
+/// The frame at `offset` of a segment of `bytes`; the inner error says what is wrong with it.
+fn read_frame(
+    segment: &Segment,
+    offset: u64,
+    bytes: u64,
+) -> io::Result<Result<Frame, FormatError>> {
+    let cut_short =
+        |need: u64| Ok(Err(FormatError::Truncated { what: "frame", have: bytes - offset, need }));
+    if bytes - offset < HEADER_BYTES as u64 {
+        return cut_short(HEADER_BYTES as u64);
+    }
+    let mut header = [0; HEADER_BYTES];
+    segment.file().read_at(offset, &mut header)?;
+    let raw = match RawHeader::parse(&header) {
+        Ok(raw) => raw,
+        Err(error) => return Ok(Err(error)),
+    };
+    let total_bytes = (HEADER_BYTES + raw.body_bytes()) as u64;
+    if bytes - offset < total_bytes {
+        return cut_short(total_bytes);
+    }
+    let mut body = vec![0; raw.body_bytes()];
+    segment.file().read_at(offset + HEADER_BYTES as u64, &mut body)?;
+    Ok(raw.with_body(body))
+}

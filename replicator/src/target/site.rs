@@ -1,0 +1,387 @@
+//! All volumes of a target: which there are, who may speak for them, what is promoted, what is
+//! reported. Knows sessions, but neither sockets nor TLS.
+//!
+//! Invariants: a volume has at most one session, and a new one gets its seat only after the older
+//! has left; nobody has a seat that the newest assignment does not allow. Lock order: assignment,
+//! then volumes, then one entry's locks; none of them is held over I/O.
+
+use super::ReplicaDevice;
+use super::budget::Budget;
+use super::disk::{Folder, free_bytes};
+use super::entry::{Entry, Opened, Seat};
+use super::jobs::{Job, Jobs};
+use super::journal;
+use super::keeper::{Keeper, OpenError, VolumeSpec};
+use super::points::{VolumeEpochs, complete_points, promotions};
+use super::promote::promote;
+use super::session::{Peer, SessionHandle};
+use super::space::Space;
+use super::state;
+use super::volume::{Verify, refuse};
+use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
+use secondsite_format::ids::{Epoch, ServerId, VolumeId};
+use secondsite_format::message::{Hello, PROTOCOL, Refusal, RefusalCode};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Folder of the store that holds a folder a server.
+const SERVERS: &str = "servers";
+
+/// What a site is made of.
+pub struct SiteConfig {
+    /// Where replicas and journals lie.
+    pub store: PathBuf,
+    /// Replica volumes on devices.
+    pub devices: Vec<ReplicaDevice>,
+    /// Space of the store that is never used, bytes.
+    pub reserve_bytes: u64,
+    /// Memory for frames on their way, bytes.
+    pub memory_bytes: u64,
+    /// Checks the signatures of manifests.
+    pub verify: Verify,
+}
+
+type Entries = BTreeMap<(ServerId, VolumeId), Arc<Entry>>;
+
+/// See the module.
+pub struct Site {
+    config: SiteConfig,
+    pub(super) budget: Budget,
+    space: Arc<Space>,
+    assignment: Mutex<Arc<TargetAssignment>>,
+    entries: Mutex<Entries>,
+    /// Servers whose promotion found no space, volumes that could not be opened: tried again.
+    again: Mutex<Vec<Job>>,
+    pub(super) jobs: Jobs,
+    stopping: AtomicBool,
+    changed: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Site {
+    /// Finds what is stored, and follows the assignment. Volumes are opened by [`Self::work`].
+    pub fn new(
+        config: SiteConfig,
+        assignment: TargetAssignment,
+        changed: Box<dyn Fn() + Send + Sync>,
+    ) -> Self {
+        let site = Self {
+            budget: Budget::new(config.memory_bytes),
+            space: Arc::new(Space::new(config.reserve_bytes)),
+            config,
+            assignment: Mutex::new(Arc::new(TargetAssignment { version: 0, servers: vec![] })),
+            entries: Mutex::default(),
+            again: Mutex::default(),
+            jobs: Jobs::default(),
+            stopping: AtomicBool::new(false),
+            changed,
+        };
+        for (server, volume) in site.stored() {
+            site.entries().insert((server, volume), Arc::new(Entry::new(None)));
+            site.jobs.add(Job::Open(server, volume));
+        }
+        site.assign(assignment);
+        site
+    }
+
+    /// Volumes with a `state.json` in the store.
+    fn stored(&self) -> Vec<(ServerId, VolumeId)> {
+        let list = |path: PathBuf| {
+            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect::<Vec<_>>()
+        };
+        let root = self.config.store.join(SERVERS);
+        let mut found = Vec::new();
+        for server in list(root.clone()) {
+            for volume in list(root.join(&server)) {
+                let file = root.join(&server).join(&volume).join(state::FILE);
+                if let (Ok(server), Ok(volume), true) =
+                    (server.parse(), volume.parse(), file.exists())
+                {
+                    found.push((server, volume));
+                }
+            }
+        }
+        found
+    }
+
+    /// Follows this assignment; sessions that it does not allow are ended at once.
+    pub fn assign(&self, assignment: TargetAssignment) {
+        let assignment = Arc::new(assignment);
+        *self.lock_assignment() = assignment.clone();
+        for server in assignment.servers.iter().filter(|server| server.active) {
+            for spec in self.specs(server) {
+                let key = (spec.server, spec.volume);
+                let entry = {
+                    let mut entries = self.entries();
+                    entries.entry(key).or_insert_with(|| Arc::new(Entry::new(None))).clone()
+                };
+                if entry.set_spec(spec) {
+                    self.jobs.add(Job::Open(key.0, key.1));
+                }
+            }
+        }
+        for ((server, _), entry) in self.all() {
+            if let Some((handle, hello)) = entry.session()
+                && let Err(refusal) = self.allowed(&hello, server)
+            {
+                handle.end(refusal);
+            }
+        }
+        self.changed();
+    }
+
+    /// The volumes of a server whose ids can be read.
+    fn specs(&self, server: &TargetServer) -> Vec<VolumeSpec> {
+        let spec = |volume: &secondsite_control::api::TargetVolume| {
+            let device = self
+                .config
+                .devices
+                .iter()
+                .find(|device| device.server == server.name && device.volume == volume.name);
+            Some(VolumeSpec {
+                server: server.id.parse().ok()?,
+                volume: volume.id.parse().ok()?,
+                volume_bytes: volume.size_bytes,
+                block_bytes: volume.block_bytes,
+                device: device.map(|device| device.path.clone()),
+            })
+        };
+        server.volumes.iter().filter_map(spec).collect()
+    }
+
+    /// Checks a hello as far as the certificate and the assignment go.
+    pub(super) fn greet(&self, hello: &Hello, peer: &Peer) -> Result<Arc<Entry>, Refusal> {
+        if hello.protocol != PROTOCOL {
+            let message = format!(
+                "the source speaks protocol {}, this target {PROTOCOL}: upgrade the older side",
+                hello.protocol
+            );
+            return Err(refuse(RefusalCode::Protocol, message));
+        }
+        let allowed = self.allowed(hello, peer.server);
+        let entry = self.entries().get(&(peer.server, hello.volume)).cloned();
+        if let (Err(refusal), Some(entry)) = (&allowed, &entry) {
+            entry.note_refused(Some(refusal.message.clone()));
+            self.changed();
+        }
+        allowed?;
+        entry.ok_or_else(|| not_allowed("the volume is not known here yet"))
+    }
+
+    /// What the newest assignment says to a hello of this server's certificate.
+    fn allowed(&self, hello: &Hello, certified: ServerId) -> Result<(), Refusal> {
+        if hello.server != certified {
+            return Err(not_allowed("the certificate is another server's"));
+        }
+        let assignment = self.lock_assignment().clone();
+        let id = certified.to_string();
+        let server = assignment.servers.iter().find(|server| server.id == id && server.active);
+        let server = server.ok_or_else(|| {
+            not_allowed("this server is not protected here, or its certificate was revoked")
+        })?;
+        if state::parse_hex32(&server.machine) != Some(hello.machine) {
+            let message = format!(
+                "a session came from another machine than the one that joined as {}: if the \
+                 server moved to new hardware, join it again there; if not, somebody has its key",
+                server.name
+            );
+            return Err(refuse(RefusalCode::OtherMachine, message));
+        }
+        let id = hello.volume.to_string();
+        let volume = server.volumes.iter().find(|volume| volume.id == id);
+        let volume =
+            volume.ok_or_else(|| not_allowed("this volume of the server is not protected here"))?;
+        let stored = self.entries().get(&(certified, hello.volume)).and_then(|e| e.size());
+        let (bytes, block_bytes) = stored.unwrap_or((volume.size_bytes, volume.block_bytes));
+        if (hello.volume_bytes, hello.block_bytes) != (bytes, block_bytes) {
+            let message = format!(
+                "volume {} has {} bytes in blocks of {}, the target has {bytes} in blocks of \
+                 {block_bytes}: unprotect it and protect it again",
+                volume.name, hello.volume_bytes, hello.block_bytes
+            );
+            return Err(refuse(RefusalCode::Mismatch, message));
+        }
+        Ok(())
+    }
+
+    /// Gives a session its seat at the volume, after every older one has left.
+    pub(super) fn seat<'a>(
+        &self,
+        entry: &'a Entry,
+        handle: &Arc<SessionHandle>,
+        hello: &Hello,
+        peer: &Peer,
+    ) -> Result<Seat<'a>, Refusal> {
+        let seat = entry.seat(handle, hello)?;
+        // Again: an assignment that came since the hello did not see this session yet.
+        self.allowed(hello, peer.server)?;
+        if self.stopping() {
+            return Err(refuse(RefusalCode::Stopping, "the target is shutting down"));
+        }
+        Ok(seat)
+    }
+
+    /// An epoch of this server was committed.
+    pub(super) fn committed(&self, server: ServerId) {
+        self.jobs.add(Job::Promote(server));
+        self.changed();
+    }
+
+    /// The report changed.
+    pub(super) fn changed(&self) {
+        (self.changed)();
+    }
+
+    /// Does jobs until [`Self::stop`]: the body of a worker thread.
+    pub fn work(&self) {
+        while let Some(job) = self.jobs.next() {
+            self.run(job);
+            self.jobs.done(job);
+            self.changed();
+        }
+    }
+
+    /// Does all jobs that are waiting.
+    pub fn work_now(&self) {
+        while self.jobs.any() {
+            let Some(job) = self.jobs.next() else { return };
+            self.run(job);
+            self.jobs.done(job);
+        }
+    }
+
+    fn run(&self, job: Job) {
+        match job {
+            Job::Open(server, volume) => self.open(server, volume),
+            Job::Promote(server) => self.promote(server),
+        }
+    }
+
+    /// What did not work for want of space or because a device was in use is tried again.
+    pub fn try_again(&self) {
+        for job in std::mem::take(&mut *self.again()) {
+            self.jobs.add(job);
+        }
+    }
+
+    fn open(&self, server: ServerId, volume: VolumeId) {
+        let Some(entry) = self.entries().get(&(server, volume)).cloned() else { return };
+        if entry.keeper().is_some() {
+            return;
+        }
+        let spec = entry.spec();
+        let below = format!("{SERVERS}/{server}/{volume}");
+        let opened = Folder::create(&self.config.store, &below, &[journal::FOLDER])
+            .map_err(|cause| OpenError::Io { operation: "making its folder", cause })
+            .and_then(|folder| {
+                let disk = Arc::new(folder);
+                Keeper::open(disk, spec.as_ref(), self.space.clone(), self.config.verify)
+            });
+        match opened {
+            Ok(keeper) => {
+                entry.set_opened(Opened::Open(Arc::new(keeper)));
+                self.jobs.add(Job::Promote(server));
+            }
+            Err(error) => {
+                let message = format!("{}: {error}", self.config.store.join(below).display());
+                tracing::error!("volume {volume} of server {server} cannot be opened: {message}");
+                entry.set_opened(Opened::Failed(message));
+                self.again().push(Job::Open(server, volume));
+            }
+        }
+    }
+
+    fn promote(&self, server: ServerId) {
+        let keepers = self.keepers(server);
+        let wanted = promotions(&complete_points(&epochs_of(&keepers)));
+        for (volume, keeper) in keepers {
+            // A promotion that was interrupted goes on even if no point asks for it now.
+            let wanted = wanted.get(&volume).copied().unwrap_or(Epoch(0));
+            match promote(&keeper, wanted, &|| !self.stopping()) {
+                Ok(true) => self.changed(),
+                Ok(false) => {}
+                Err(refusal) => {
+                    tracing::error!("promoting volume {volume} of server {server}: {refusal}");
+                    if refusal.code == RefusalCode::NoSpace {
+                        self.again().push(Job::Promote(server));
+                    }
+                }
+            }
+        }
+    }
+
+    fn keepers(&self, of: ServerId) -> Vec<(VolumeId, Arc<Keeper>)> {
+        let all = self.all().into_iter().filter(|((server, _), _)| *server == of);
+        all.filter_map(|((_, volume), entry)| Some((volume, entry.keeper()?))).collect()
+    }
+
+    /// What is there.
+    pub fn report(&self) -> TargetReport {
+        let all = self.all();
+        let mut servers: Vec<ServerId> = all.iter().map(|((server, _), _)| *server).collect();
+        servers.dedup();
+        let points = servers.into_iter().flat_map(|server| {
+            let points = complete_points(&epochs_of(&self.keepers(server)));
+            points.into_iter().map(move |point| point.report(server))
+        });
+        TargetReport {
+            target_version: env!("CARGO_PKG_VERSION").into(),
+            volumes: all.iter().map(|((_, volume), entry)| entry.report(*volume)).collect(),
+            points: points.collect(),
+            // A store that cannot be asked has nothing to give.
+            free_bytes: free_bytes(&self.config.store).unwrap_or(0),
+        }
+    }
+
+    /// Ends sessions and workers.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.jobs.end();
+        for (_, entry) in self.all() {
+            if let Some((handle, _)) = entry.session() {
+                handle.end(refuse(RefusalCode::Stopping, "the target is shutting down"));
+            }
+        }
+    }
+
+    pub(super) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    fn all(&self) -> Vec<((ServerId, VolumeId), Arc<Entry>)> {
+        self.entries().iter().map(|(key, entry)| (*key, entry.clone())).collect()
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().expect("nothing panics while it holds the volumes")
+    }
+
+    fn lock_assignment(&self) -> MutexGuard<'_, Arc<TargetAssignment>> {
+        self.assignment.lock().expect("nothing panics while it holds the assignment")
+    }
+
+    fn again(&self) -> MutexGuard<'_, Vec<Job>> {
+        self.again.lock().expect("nothing panics while it holds the list")
+    }
+}
+
+fn not_allowed(message: &str) -> Refusal {
+    refuse(RefusalCode::NotAllowed, message)
+}
+
+/// What each volume has, base first.
+fn epochs_of(keepers: &[(VolumeId, Arc<Keeper>)]) -> Vec<VolumeEpochs> {
+    let of = |(volume, keeper): &(VolumeId, Arc<Keeper>)| {
+        let held = keeper.volume();
+        let base = held.record().base.clone().map(Arc::new);
+        let journaled = held.epochs().iter().map(|epoch| epoch.facts.clone());
+        VolumeEpochs {
+            volume: *volume,
+            generation: held.record().generation,
+            epochs: base.into_iter().chain(journaled).collect(),
+        }
+    };
+    keepers.iter().map(of).collect()
+}
