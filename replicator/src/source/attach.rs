@@ -73,12 +73,17 @@ fn choose(
             tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
-            Ok((Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })), String::new()))
+            Ok((
+                Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })),
+                String::new(),
+            ))
         }
-        Err(why) if assigned.tracker == TrackerChoice::Ebpf => {
-            Err(format!("--tracker ebpf cannot run here: {why}; --tracker auto would compare instead"))
+        Err(why) if assigned.tracker == TrackerChoice::Ebpf => Err(format!(
+            "--tracker ebpf cannot run here: {why}; --tracker auto would compare instead"
+        )),
+        Err(why) => {
+            Ok((None, format!("eBPF cannot run here: {why}; every cut compares everything")))
         }
-        Err(why) => Ok((None, format!("eBPF cannot run here: {why}; every cut compares everything"))),
     }
 }
 

@@ -105,8 +105,7 @@ impl Shipper {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
         let wanted = volume.shape.included(&[volume.shape.run(offset, bytes)]);
-        let mut found =
-            Look { compared_bytes: volume.shape.bytes(&wanted), ..Look::default() };
+        let mut found = Look { compared_bytes: volume.shape.bytes(&wanted), ..Look::default() };
         if wanted.is_empty() {
             return Ok(found);
         }

@@ -151,9 +151,15 @@ impl Coordinator {
         let compare_only = volumes.iter().any(|volume| volume.compare_only);
         let mut orders = lock(&self.orders);
         for number in &running.orders {
+            if point.lacks_member {
+                // A compare in between, or a lost session: it is waited for.
+                continue;
+            }
             if point.exact || compare_only {
-                let result =
-                    OrderResult::Cut { point: point.cut_id.to_string(), exact: point.exact && !compare_only };
+                let result = OrderResult::Cut {
+                    point: point.cut_id.to_string(),
+                    exact: point.exact && !compare_only,
+                };
                 orders.done(*number, result);
             } else if let Some(open) = orders.open.iter_mut().find(|open| open.number == *number) {
                 open.fuzzy = Some(format!("{} ({})", point.cut_id, point.why));
@@ -177,7 +183,8 @@ impl Coordinator {
         if !self.running.iter().any(|running| running.alone.is_none()) && !ordered {
             let hurry = volumes.iter().any(|volume| volume.control().verify_waits);
             let due = self.due.get(&None).copied().unwrap_or(now);
-            let due = if hurry { due.min(due.saturating_sub(interval) + INTERVAL_MIN) } else { due };
+            let due =
+                if hurry { due.min(due.saturating_sub(interval) + INTERVAL_MIN) } else { due };
             let members: Vec<_> = volumes
                 .iter()
                 .filter(|volume| !volume.compare_only && free(volume, &self.running))
@@ -344,9 +351,15 @@ fn blocked(faces: &[Arc<Face>]) -> Option<String> {
         let status = face.status();
         let percent = status.progress.map_or(0, |(done, total)| done * 100 / total.max(1));
         match status.phase {
-            VolumePhase::Connecting => return Some(format!("{} has no session with the target", face.name)),
-            VolumePhase::FirstCopy => return Some(format!("first copy of {}: {percent} %", face.name)),
-            VolumePhase::Comparing => return Some(format!("{} is compared: {percent} %", face.name)),
+            VolumePhase::Connecting => {
+                return Some(format!("{} has no session with the target", face.name));
+            }
+            VolumePhase::FirstCopy => {
+                return Some(format!("first copy of {}: {percent} %", face.name));
+            }
+            VolumePhase::Comparing => {
+                return Some(format!("{} is compared: {percent} %", face.name));
+            }
             VolumePhase::Stopped => stopped += 1,
             VolumePhase::Following => {}
         }

@@ -62,8 +62,7 @@ impl Orders {
 
     /// How far an open order is; the percentage only grows, and 100 is for done.
     pub fn progress(&mut self, number: u64, percent: u8, note: &str) -> bool {
-        let Some(OrderState::Running { percent: before, note: was }) =
-            self.states.get_mut(&number)
+        let Some(OrderState::Running { percent: before, note: was }) = self.states.get_mut(&number)
         else {
             return false;
         };

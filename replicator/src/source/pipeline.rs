@@ -87,10 +87,13 @@ fn content(batch: &Batch, block_bytes: usize, skip_zeros: bool) -> Content {
 
 /// Whether all bytes are zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
-    let (head, words, tail) = bytes.as_chunks::<64>().0.split_first().map_or(
-        (None, [].as_slice(), bytes),
-        |(first, rest)| (Some(first), rest, &bytes[(1 + rest.len()) * 64..]),
-    );
+    let (head, words, tail) = bytes
+        .as_chunks::<64>()
+        .0
+        .split_first()
+        .map_or((None, [].as_slice(), bytes), |(first, rest)| {
+            (Some(first), rest, &bytes[(1 + rest.len()) * 64..])
+        });
     // The first word decides for nearly every block that has data.
     head.is_none_or(|first| *first == [0; 64])
         && words.iter().all(|word| *word == [0; 64])

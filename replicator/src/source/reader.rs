@@ -112,10 +112,8 @@ impl RingDisk {
         } else if self.sampled.elapsed() >= SAMPLE_EVERY {
             self.sampled = Instant::now();
             let ours = self.flying_bytes.div_ceil(SPLIT_BYTES);
-            let busy = self
-                .device
-                .in_flight()
-                .is_ok_and(|(reads, writes)| writes > 0 || reads > ours);
+            let busy =
+                self.device.in_flight().is_ok_and(|(reads, writes)| writes > 0 || reads > ours);
             self.depth = if busy { DEPTH_BUSY } else { DEPTH };
         }
     }

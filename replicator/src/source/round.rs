@@ -74,6 +74,8 @@ pub struct Point {
     pub why: String,
     /// Volumes that committed it; all of its members did.
     pub members: Vec<VolumeId>,
+    /// A volume that the round began with is not among them.
+    pub lacks_member: bool,
 }
 
 /// A round under way.
@@ -90,6 +92,8 @@ pub struct Round {
     exact: bool,
     /// A member left after the cut: the point is not whole.
     incomplete: bool,
+    /// How many it began with, those aside that were unprotected meanwhile.
+    begun_with: usize,
     /// When it began.
     pub started: Duration,
 }
@@ -113,6 +117,7 @@ impl Round {
         }
         Self {
             cut_id: CutId(env.random()),
+            begun_with: members.len(),
             members,
             stage: Stage::Compare,
             passes: 0,
@@ -138,7 +143,10 @@ impl Round {
 
     /// Goes on without a volume that is no longer protected.
     pub fn remove(&mut self, id: VolumeId) {
-        self.incomplete |= self.has(id) && self.stage == Stage::Ship;
+        if self.has(id) {
+            self.incomplete |= self.stage == Stage::Ship;
+            self.begun_with -= 1;
+        }
         self.members.retain(|volume| volume.id() != id);
     }
 
@@ -310,7 +318,8 @@ impl Round {
         let now = tools.env.now();
         let wait = tools.budget.wait(now);
         if self.mounts().is_empty() {
-            self.why += ", and no file system on it can be frozen: points are exact when it is quiet";
+            self.why +=
+                ", and no file system on it can be frozen: points are exact when it is quiet";
             self.cut(CutMethod::Unproven, false, tools);
         } else if wait > tools.freeze_patience {
             self.why += &format!(", and the next freeze is allowed in {} s", wait.as_secs() + 1);
@@ -417,11 +426,8 @@ impl Round {
         self.exact = exact;
         let cut_time_ns = tools.env.wall_ns();
         for volume in &self.members {
-            let (method, exact) = if volume.compare_only {
-                (CutMethod::Compare, false)
-            } else {
-                (method, exact)
-            };
+            let (method, exact) =
+                if volume.compare_only { (CutMethod::Compare, false) } else { (method, exact) };
             let consistency = if exact { Consistency::Crash } else { Consistency::Fuzzy };
             let fuzzy = match (volume.compare_only, exact) {
                 (true, _) | (_, true) => String::new(),
@@ -454,6 +460,7 @@ impl Round {
             exact: self.exact && read && !tracked.is_empty(),
             why,
             members: self.members.iter().map(|volume| volume.id()).collect(),
+            lacks_member: self.members.len() < self.begun_with,
         })
     }
 }

@@ -209,13 +209,9 @@ mod tests {
     fn excluded_ranges_shrink_to_whole_blocks_and_keep_their_head_in_the_first_copy() {
         let shape = Shape::new(1 << 20, 4096, &[(100 << 10, 200 << 10), (1000 << 10, 24 << 10)]);
         let all = [BlockRun { first: 0, count: 256 }];
-        let kept =
-            [BlockRun { first: 0, count: 25 }, BlockRun { first: 75, count: 175 }];
+        let kept = [BlockRun { first: 0, count: 25 }, BlockRun { first: 75, count: 175 }];
         assert_eq!(shape.included(&all), kept);
-        let copied = [
-            BlockRun { first: 0, count: 41 },
-            BlockRun { first: 75, count: 181 },
-        ];
+        let copied = [BlockRun { first: 0, count: 41 }, BlockRun { first: 75, count: 181 }];
         assert_eq!(shape.copied(0, 1 << 20), copied);
     }
 }

@@ -158,8 +158,6 @@ pub trait Dial: Send {
 /// Signs manifests with the key of the agent's certificate.
 pub trait Signer: Send + Sync {
     /// Public key and signature of the bytes, with one and the same key.
-    fn sign(
-        &self,
-        bytes: &[u8],
-    ) -> Result<([u8; PUBLIC_KEY_BYTES], [u8; SIGNATURE_BYTES]), String>;
+    fn sign(&self, bytes: &[u8])
+    -> Result<([u8; PUBLIC_KEY_BYTES], [u8; SIGNATURE_BYTES]), String>;
 }

@@ -29,6 +29,7 @@ impl Shipper {
         self.begin_ledger();
         let volume = self.volume.clone();
         let mut bench = lock(&volume.bench);
+        bench.disk.check()?;
         bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
         self.send_held(&mut bench, held)?;
@@ -66,8 +67,7 @@ impl Shipper {
             |encoded| {
                 let (session, ledger) = self.parts()?;
                 if let Some((body, digest)) = encoded.body {
-                    let frame =
-                        data_frame(session, ledger, *pass, encoded.offset, body);
+                    let frame = data_frame(session, ledger, *pass, encoded.offset, body);
                     // Recorded before it is sent: a frame that may have arrived has its number.
                     ledger.record(digest, frame.total_bytes(), encoded.runs.clone());
                     recorded.extend(encoded.runs);
@@ -98,10 +98,8 @@ impl Shipper {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
         // By batch, not by block: a block may stand in several, and each must be recorded.
-        let mut missing: Vec<(u64, Vec<BlockRun>)> = held
-            .iter()
-            .map(|batch| (batch.tag, runs_of(&volume.shape, batch).collect()))
-            .collect();
+        let mut missing: Vec<(u64, Vec<BlockRun>)> =
+            held.iter().map(|batch| (batch.tag, runs_of(&volume.shape, batch).collect())).collect();
         let result = encode_batches(&commons.workers, &volume, held, |encoded| {
             let (session, ledger) = self.parts()?;
             note_unreadable(&mut bench.unreadable, encoded.unreadable);
@@ -217,7 +215,9 @@ impl Shipper {
         let (session, ledger) = self.parts()?;
         let cut = volume.marks().cut();
         if !cut.stands || cut.cut_id != ledger.cut_id().0 {
-            return Err(StepError::GiveUp("the cut no longer stood when it was to be signed".into()));
+            return Err(StepError::GiveUp(
+                "the cut no longer stood when it was to be signed".into(),
+            ));
         }
         let unreadable = lock(&volume.bench).unreadable.clone();
         for (offset, bytes) in &unreadable {
@@ -257,10 +257,9 @@ impl Shipper {
             unreadable,
         };
         let bytes = manifest.encode();
-        let (public_key, signature) = commons
-            .signer
-            .sign(&bytes)
-            .map_err(|error| StepError::GiveUp(format!("the manifest cannot be signed: {error}")))?;
+        let (public_key, signature) = commons.signer.sign(&bytes).map_err(|error| {
+            StepError::GiveUp(format!("the manifest cannot be signed: {error}"))
+        })?;
         let signed = SignedManifest { manifest, signed_bytes: bytes, signature, public_key };
         let header = FrameHeader {
             kind: FrameKind::Commit,
@@ -335,4 +334,3 @@ pub(super) fn note_unreadable(all: &mut Vec<(u64, u64)>, new: Vec<(u64, u64)>) {
         }
     }
 }
-

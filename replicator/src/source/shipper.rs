@@ -305,9 +305,7 @@ impl Shipper {
         }
         self.volume.control().away_since = None;
         match plan.next {
-            Next::Copy { sync, from, compare_below } => {
-                self.begin_copy(sync, from, compare_below)
-            }
+            Next::Copy { sync, from, compare_below } => self.begin_copy(sync, from, compare_below),
             Next::Compare => self.begin_compare(),
             Next::Follow => {
                 self.followed();
@@ -427,7 +425,8 @@ impl Shipper {
             self.doubt = doubt;
         }
         if self.doubt.is_empty() {
-            self.doubt = "writes may have gone unseen (a reboot, or a newly attached tracker)".into();
+            self.doubt =
+                "writes may have gone unseen (a reboot, or a newly attached tracker)".into();
         }
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Comparing;

@@ -369,10 +369,5 @@ impl Volume {
 
 /// An empty place for a last pass, allocated before anything is frozen.
 pub fn reserve(buffer: Buffer, pieces_max: usize) -> Batch {
-    Batch {
-        tag: 0,
-        pieces: Vec::with_capacity(pieces_max),
-        buffer,
-        unreadable: Vec::new(),
-    }
+    Batch { tag: 0, pieces: Vec::with_capacity(pieces_max), buffer, unreadable: Vec::new() }
 }

@@ -1,0 +1,168 @@
+//! The source's whole cycle over a server and a target in memory, from seeds.
+//!
+//! What is checked all along: an exact point is the volume at its cut; a block that differs from
+//! what is committed is marked or in flight; manifests chain and cover every frame.
+
+mod rig;
+mod target;
+mod world;
+
+use rig::{Rig, seeds};
+use secondsite_control::api::{OrderKind, OrderResult, OrderState, VolumePhase};
+use secondsite_format::manifest::{Consistency, CutMethod};
+use std::time::Duration;
+use world::BLOCK;
+
+#[test]
+fn nothing_is_lost_and_exact_points_are_exact_whatever_breaks() {
+    let (mut exact, mut fuzzy, mut give_ups) = (0, 0, 0);
+    for seed in seeds(150) {
+        let mut rig =
+            Rig::new(seed, 1 + (seed % 3) as usize, 40 + (seed % 200) as usize, seed % 2 == 0);
+        {
+            let mut state = rig.world.state();
+            state.busy = [0, 5, 30, 60][(seed / 2 % 4) as usize];
+        }
+        for target in &rig.targets {
+            target.state().breaks = [0, 2, 10][(seed % 3) as usize];
+            target.state().forgets = [0, 30][(seed / 3 % 2) as usize];
+        }
+        for _ in 0..4 {
+            rig.run(150);
+            if seed % 5 == 0 {
+                rig.restart();
+            }
+        }
+        rig.calm();
+        let (point, is_exact) = rig.cut();
+        assert!(is_exact, "quiet and connected: exact, seed {seed}, {point}");
+        rig.check_equal();
+        for target in &rig.targets {
+            let state = target.state();
+            exact += state.manifests.iter().filter(|m| m.consistency == Consistency::Crash).count();
+            fuzzy += state.manifests.iter().filter(|m| m.consistency == Consistency::Fuzzy).count();
+        }
+        give_ups += rig.give_ups;
+    }
+    println!("exact {exact}, fuzzy {fuzzy}, given up {give_ups}");
+    assert!(exact > 300 && fuzzy > 20 && give_ups > 20, "the seeds reach all of it");
+}
+
+#[test]
+fn a_busy_volume_is_exact_under_a_freeze_within_the_budget() {
+    let mut rig = Rig::new(5, 2, 64, true);
+    rig.follow();
+    rig.world.state().busy = 70;
+    let begun = rig.world.state().now;
+    rig.run_for(Duration::from_secs(120));
+    let methods: Vec<_> = rig.targets[0].state().manifests.iter().map(|m| m.method).collect();
+    assert!(methods.contains(&CutMethod::Freeze));
+    let freezes = rig.world.state().freezes;
+    let now = rig.world.state().now;
+    // Each took 10 ms: at most one a second.
+    assert!(freezes > 5 && freezes <= (now - begun).as_secs() + 1, "{freezes} freezes");
+}
+
+#[test]
+fn missed_writes_become_a_compare_and_nothing_is_lost() {
+    for seed in seeds(30) {
+        let mut rig = Rig::new(seed, 2, 80, true);
+        rig.follow();
+        {
+            let mut state = rig.world.state();
+            (state.busy, state.missing) = (40, 10);
+        }
+        rig.run(300);
+        rig.calm();
+        rig.world.state().missing = 0;
+        rig.cut();
+        rig.check_equal();
+        let compares: u64 = rig.faces().map(|status| status.compares).sum();
+        assert!(compares >= 3, "two at the start are void, missed writes are not: {compares}");
+    }
+}
+
+#[test]
+fn verify_finds_damage_and_nothing_else() {
+    for seed in seeds(20) {
+        let mut rig = Rig::new(seed, 2, 300, true);
+        rig.follow();
+        rig.world.state().busy = 30;
+        rig.run(50);
+        assert_eq!(rig.verify(), [0, 0], "a busy volume is not damaged, seed {seed}");
+        rig.calm();
+        rig.cut();
+        rig.targets[1].state().image[7 * BLOCK + 5] ^= 1;
+        rig.targets[1].state().damaged = true;
+        rig.world.state().busy = if seed % 2 == 0 { 1 } else { 0 };
+        let found = rig.verify();
+        let marked = rig.targets[1].state().image[7 * BLOCK..8 * BLOCK]
+            == rig.world.state().disks[1].data[7 * BLOCK..8 * BLOCK];
+        assert!(found == [0, BLOCK as u64] || marked, "seed {seed}: {found:?}");
+    }
+}
+
+#[test]
+fn an_unreadable_block_makes_points_fuzzy_until_it_can_be_read() {
+    let mut rig = Rig::new(3, 1, 64, true);
+    rig.follow();
+    {
+        let mut state = rig.world.state();
+        state.disks[0].bad.insert(9);
+        state.disks[0].data[9 * BLOCK..11 * BLOCK].fill(77);
+        let run = secondsite_tracker::marks::BlockRun { first: 9, count: 2 };
+        state.disks[0].marks.mark(run);
+    }
+    let state = rig.order(OrderKind::Cut);
+    let OrderState::Failed { exit_code: 75, message } = state else { panic!("{state:?}") };
+    assert!(message.contains("cannot be read"), "{message}");
+    let manifest = rig.targets[0].state().manifests.last().unwrap().clone();
+    assert_eq!(manifest.consistency, Consistency::Fuzzy);
+    assert_eq!(manifest.unreadable, [(9 * BLOCK as u64, BLOCK as u64)]);
+    assert_eq!(rig.targets[0].state().image[10 * BLOCK], 77, "everything else goes on");
+    rig.world.state().disks[0].bad.clear();
+    assert!(rig.cut().1);
+    rig.check_equal();
+}
+
+#[test]
+fn a_compare_only_volume_has_fuzzy_points_of_its_own() {
+    let mut rig = Rig::compare_only(11, 2, 90);
+    rig.follow();
+    for disk in rig.world.state().disks.iter_mut() {
+        disk.data[3 * BLOCK..5 * BLOCK].fill(42);
+    }
+    let OrderState::Done { result: OrderResult::Cut { exact, .. } } = rig.order(OrderKind::Cut)
+    else {
+        panic!("a cut order is done")
+    };
+    assert!(!exact);
+    rig.check_equal();
+    let manifest = rig.targets[1].state().manifests.last().unwrap().clone();
+    assert_eq!((manifest.method, manifest.consistency), (CutMethod::Compare, Consistency::Fuzzy));
+    assert_eq!(manifest.members.len(), 2, "an order takes all volumes together");
+    let sent = rig.targets[0].state().data_frames;
+    rig.run_for(Duration::from_secs(300));
+    let alone = rig.targets[0].state().manifests.last().unwrap().clone();
+    assert_eq!(alone.members.len(), 1);
+    assert_eq!(rig.targets[0].state().data_frames, sent, "nothing differs, nothing travels");
+    rig.targets[0].state().image[0] ^= 1;
+    assert_eq!(rig.verify(), [BLOCK as u64, 0]);
+}
+
+#[test]
+fn a_device_that_vanishes_stops_its_volume_and_no_other() {
+    let mut rig = Rig::new(2, 2, 50, true);
+    rig.follow();
+    rig.world.state().disks[0].gone = true;
+    rig.run_for(Duration::from_secs(30));
+    let faces: Vec<_> = rig.faces().collect();
+    assert_eq!(faces[0].phase, VolumePhase::Stopped);
+    assert!(faces[0].reason.contains("gone"), "{}", faces[0].reason);
+    assert_eq!(faces[1].phase, VolumePhase::Following);
+    let before = rig.targets[1].state().manifests.len();
+    rig.run_for(Duration::from_secs(60));
+    let state = rig.targets[1].state();
+    assert!(state.manifests.len() > before);
+    assert_eq!(state.manifests.last().unwrap().lacking.len(), 1, "the point says what it lacks");
+}
