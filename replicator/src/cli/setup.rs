@@ -75,7 +75,7 @@ pub(super) fn run(context: &Context, args: &SetupArgs) -> Result<(), Failure> {
     ));
     output::talk(&format!(
         "Next, on each server to protect (the token is valid {}, one use):\n  secondsite join {} --token {}",
-        units::span(made.token_seconds as f64),
+        units::goal(made.token_seconds),
         made.control_address,
         made.token
     ));

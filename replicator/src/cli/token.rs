@@ -29,7 +29,7 @@ pub(super) fn run(context: &Context, args: &TokenArgs) -> Result<(), Failure> {
     output::talk(&format!("Authority {}", reply.fingerprint));
     output::talk(&format!(
         "Good for {} and one {role}. On the machine that is to join:\n  secondsite join {} --token -",
-        units::span(reply.ttl_seconds as f64),
+        units::goal(reply.ttl_seconds),
         operator.address(),
     ));
     Ok(())

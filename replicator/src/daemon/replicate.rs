@@ -1,6 +1,6 @@
 //! `secondsite replicate`: the agent, in the foreground.
 //!
-//! Order of start: configuration, lock, freezer (a child, before there are threads), signals, data
+//! Order of start: configuration, lock, signals, freezer (a child, before there are threads), data
 //! plane, link to control. On another machine than the enrolled one the agent stays up, says so, and
 //! does nothing else.
 
@@ -33,12 +33,12 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         Failure::new(Exit::Config, what).hint("secondsite join ADDR:PORT --token T")
     })?;
     let _lock = Lock::take(paths, AgentSide::ROLE)?;
-    // The child must begin before any thread and without our blocked signals.
+    // Before any thread: all inherit the blocked signals. The child must begin before any, too.
+    let signals = Signals::block()?;
     let freezer = Freezer::start(&paths.run).map_err(|error| {
         Failure::new(Exit::Unavailable, error.to_string())
             .hint(format!("look at {}; run as root", paths.run.display()))
     })?;
-    let signals = Signals::block()?;
     init::start_log();
     tracing::info!("agent {} of {server_id}, version {}", config.name, env!("CARGO_PKG_VERSION"));
 
