@@ -142,9 +142,13 @@ impl Mount {
         &self.path
     }
 
-    /// Unmounts now, and says so if that fails.
+    /// Unmounts. The agent holds a mount for the moment of a freeze or sync: that is waited for.
     pub fn unmount(self) {
-        run("umount", &[self.path.to_str().expect("UTF-8")]);
+        wait_until("it is unmounted", Duration::from_secs(10), || {
+            let output = Command::new("umount").arg(&self.path).output().expect("umount runs");
+            let talk = || String::from_utf8_lossy(&output.stderr).into_owned();
+            output.status.success().then_some(()).ok_or_else(talk)
+        });
         std::mem::forget(self);
     }
 }

@@ -128,8 +128,20 @@ impl Lab {
             let answer = lab.cli(Side::Site, &["status", "--json"]);
             if answer.code == 0 { Ok(()) } else { Err(answer.stderr) }
         });
-        lab.start(Daemon::Target);
+        lab.start_target();
         lab
+    }
+
+    /// Starts the target and waits until it listens.
+    pub fn start_target(&mut self) {
+        self.start(Daemon::Target);
+        if self.network.is_none() {
+            let address = ("127.0.0.1", self.target_port());
+            wait_until("the target listens", START_LIMIT, || {
+                let end = std::net::TcpStream::connect(address);
+                end.map(drop).map_err(|e| format!("{e}\n{}", self.logs()))
+            });
+        }
     }
 
     /// A path in the lab's folder.
