@@ -7,7 +7,7 @@ mod real;
 
 use real::{Copier, Loop, Pins, conclude, folder, write_randomly};
 use secondsite_tracker::device::Device;
-use secondsite_tracker::ebpf::{Audit, Ebpf, Start};
+use secondsite_tracker::ebpf::{Audit, Ebpf, Options, Start};
 use secondsite_tracker::marks::BlockRun;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -23,28 +23,35 @@ fn attach(path: &Path, pins: &Pins) -> (Ebpf, Start) {
     Ebpf::attach(&device, real::BLOCK as u32, &pins.0).unwrap()
 }
 
-/// Copies while random writers work, then compares.
-fn follow(name: &str, volume: &Path) {
+/// Copies while random writers work, then compares. `busy`: they work when it attaches already.
+fn follow(name: &str, volume: &Path, busy: bool) {
     let pins = Pins::new(name);
     let bytes = Device::open(volume).unwrap().size_bytes;
-    let (ebpf, start) = attach(volume, &pins);
-    assert_eq!(start, Start::Fresh);
-    assert!(ebpf.marks().compare_due());
     let stop = AtomicBool::new(false);
-    let mut copier = Copier::new(volume, bytes);
-    let writes = std::thread::scope(|scope| {
+    let fresh = || {
+        let (ebpf, start) = attach(volume, &pins);
+        assert_eq!(start, Start::Fresh);
+        assert!(ebpf.marks().compare_due());
+        ebpf
+    };
+    let quiet = (!busy).then(fresh);
+    let (ebpf, mut copier, writes) = std::thread::scope(|scope| {
         let writers: Vec<_> = (1..=WRITERS)
             .map(|seed| {
                 let stop = &stop;
                 scope.spawn(move || write_randomly(volume, bytes, seed, &mut || stop.load(Relaxed)))
             })
             .collect();
+        let ebpf = quiet.unwrap_or_else(fresh);
+        let mut copier = Copier::new(volume, bytes);
         let start = Instant::now();
         while start.elapsed() < WRITE_TIME {
             copier.pass(&ebpf);
+            ebpf.audit();
         }
         stop.store(true, Relaxed);
-        writers.into_iter().map(|writer| writer.join().unwrap()).sum::<u64>()
+        let writes = writers.into_iter().map(|writer| writer.join().unwrap()).sum::<u64>();
+        (ebpf, copier, writes)
     });
     assert!(writes > 100, "{name}: only {writes} writes");
     conclude(&format!("{name}, {writes} writes"), &ebpf, &mut copier);
@@ -56,7 +63,7 @@ fn follow(name: &str, volume: &Path) {
 fn a_loop_device_is_followed() {
     let folder = folder();
     let disk = Loop::sized(folder.path(), DISK_BYTES);
-    follow("loop", &disk.path);
+    follow("loop", &disk.path, true);
 }
 
 /// A partition that starts at a sector that no block is aligned to. Made by ioctl: the kernel need
@@ -77,7 +84,7 @@ fn a_partition_is_followed_also_when_its_disk_is_written() {
     assert_eq!(device.disk.2, disk.path);
     assert_eq!(device.disk_offset_bytes, 2049 * 512);
     assert_eq!(device.size_bytes, DISK_BYTES / 2);
-    follow("partition", Path::new(&partition));
+    follow("partition", Path::new(&partition), false);
 
     let pins = Pins::new("beside");
     let (ebpf, _) = attach(Path::new(&partition), &pins);
@@ -109,7 +116,7 @@ fn a_bio_based_device_is_followed() {
     let zram = Zram(number.trim().into());
     let size = format!("/sys/block/zram{}/disksize", zram.0);
     std::fs::write(size, DISK_BYTES.to_string()).unwrap();
-    follow("zram", Path::new(&format!("/dev/zram{}", zram.0)));
+    follow("zram", Path::new(&format!("/dev/zram{}", zram.0)), false);
 }
 
 #[test]
@@ -191,4 +198,90 @@ fn ranges_are_marked_whole_and_the_audit_sees_them() {
     assert!(matches!(real::settled_audit(&ebpf), Audit::Gap(_)), "uncounted writes");
     ebpf.rebase().unwrap();
     assert_eq!(real::settled_audit(&ebpf), Audit::Good);
+}
+
+/// A disk in a file of a file system that can be frozen: its writes then stay in flight.
+struct Stalling {
+    upper: Option<Loop>,
+    mount: std::path::PathBuf,
+    _lower: Loop,
+}
+
+impl Stalling {
+    fn new(folder: &Path) -> Self {
+        let lower = Loop::sized(folder, DISK_BYTES);
+        let mount = folder.join("mount");
+        std::fs::create_dir(&mount).unwrap();
+        real::run("mkfs.ext4", &["-q", lower.path.to_str().unwrap()]);
+        real::run("mount", &[lower.path.to_str().unwrap(), mount.to_str().unwrap()]);
+        let mut stalling = Self { upper: None, mount, _lower: lower };
+        stalling.upper = Some(Loop::sized(&stalling.mount, 1 << 20));
+        stalling
+    }
+
+    fn fsfreeze(&self, option: &str) {
+        real::run("fsfreeze", &[option, self.mount.to_str().unwrap()]);
+    }
+}
+
+impl Drop for Stalling {
+    fn drop(&mut self) {
+        let run = |program: &str, option: &str| {
+            let _ = std::process::Command::new(program).arg(option).arg(&self.mount).output();
+        };
+        run("fsfreeze", "-u");
+        drop(self.upper.take());
+        // The loop device lets go of its file a moment later.
+        run("umount", "-l");
+    }
+}
+
+/// A block is taken and read while a write to it is in flight. Whether its mark at completion is
+/// there decides over the update; that it was in flight must not be called exact.
+#[test]
+fn a_write_in_flight_is_marked_again_when_it_completes() {
+    for completion_marks in [true, false] {
+        let folder = folder();
+        let disk = Stalling::new(folder.path());
+        let path = disk.upper.as_ref().unwrap().path.clone();
+        let pins = Pins::new("in-flight");
+        let device = Device::open(&path).unwrap();
+        let options = Options { completion_marks };
+        let ebpf = Ebpf::attach_with(&device, real::BLOCK as u32, &pins.0, options).unwrap().0;
+        let mut copier = Copier::new(&path, 1 << 20);
+
+        disk.fsfreeze("-f");
+        let writer = std::thread::spawn(move || {
+            let mut memory = real::Aligned::new(4096);
+            memory.slice(4096).fill(0xab);
+            real::open_direct(&path, true).write_all_at(memory.slice(4096), 5 * 4096).unwrap();
+        });
+        let start = Instant::now();
+        while device.in_flight().unwrap().1 == 0 {
+            assert!(start.elapsed() < WRITE_TIME, "the write was never queued");
+            std::thread::yield_now();
+        }
+        // Taken, but not read: the loop device would make the read wait behind the write. The copy
+        // has what it would find, the old data.
+        let (marks, mut runs) = (ebpf.marks(), Vec::new());
+        marks.begin(1, [1; 16]);
+        assert_eq!(marks.take(u64::MAX, &mut runs), 1);
+        assert!(marks.committed([1; 16]));
+        // Nothing is marked now: only the audit knows better.
+        assert!(ebpf.marks().live_is_clear());
+        assert_eq!(ebpf.audit(), Audit::Busy);
+        disk.fsfreeze("-u");
+        writer.join().unwrap();
+
+        let audit = real::settled_audit(&ebpf);
+        let marked = !ebpf.marks().live_is_clear();
+        println!("in flight: completion marks {completion_marks}, marked {marked}, {audit:?}");
+        if audit == Audit::Good {
+            assert_eq!(marked, completion_marks);
+            copier.pass(&ebpf);
+            assert_eq!(copier.differing().len(), usize::from(!completion_marks));
+        }
+        drop(copier);
+        ebpf.detach().unwrap();
+    }
 }

@@ -57,7 +57,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::talk(&failure.to_string());
-            if context.json && failure.exit != Exit::DataDiffers {
+            if context.json && !output::document_printed() {
                 output::document(&failure.json());
             }
             ExitCode::from(failure.exit as u8)

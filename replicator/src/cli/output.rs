@@ -7,6 +7,7 @@ use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How often progress is told where no bar can be drawn.
@@ -41,14 +42,24 @@ pub fn data(text: &str) {
     }
 }
 
+/// Whether this process has printed its document.
+static PRINTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether [`document`] was called: a failure after it adds no second document.
+pub fn document_printed() -> bool {
+    PRINTED.load(Ordering::Relaxed)
+}
+
 /// Prints one document to stdout, for people's eyes too.
 pub fn document<T: Serialize>(value: &T) {
+    PRINTED.store(true, Ordering::Relaxed);
     let text = serde_json::to_string_pretty(value).expect("plain data becomes JSON");
     data(&(text + "\n"));
 }
 
 /// Prints one document as one line to stdout.
 pub fn document_line<T: Serialize>(value: &T) {
+    PRINTED.store(true, Ordering::Relaxed);
     let text = serde_json::to_string(value).expect("plain data becomes JSON");
     data(&(text + "\n"));
 }

@@ -1,22 +1,22 @@
 //! `secondsite setup`: makes this host the second site.
 //!
-//! It checks first and changes nothing if a check fails; what is there already stays.
+//! It checks first and changes nothing if a check fails; what is there already stays. Cut short
+//! anywhere, it is simply done again.
 
 use super::args::SetupArgs;
 use super::failure::{Exit, Failure};
 use super::operator::dialled;
 use super::{Context, output, units};
-use crate::config::{CERTIFICATE_LIFE_MAX, ControlConfig, Paths};
+use crate::config::{ControlConfig, Paths, TargetConfig};
 use crate::daemon;
 use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, NFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC,
     statfs,
 };
 use secondsite_control::api::SCHEMA_VERSION;
-use secondsite_control::ca::Authority;
-use secondsite_control::pki::{self, Identity};
+use secondsite_control::pki::Identity;
 use secondsite_control::run::CONTROL;
-use secondsite_control::setup::{OPERATOR, SetupReply, SetupRequest, TARGET, setup};
+use secondsite_control::setup::{OPERATOR, SetupReply, SetupRequest, TARGET, reissue, setup};
 use serde_json::json;
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -32,10 +32,14 @@ const QEMU: &str = "qemu-system-x86_64";
 
 pub(super) fn run(context: &Context, args: &SetupArgs) -> Result<(), Failure> {
     let paths = &context.paths;
-    if paths.file(CONTROL).exists() && paths.pki.join("ca.key").exists() && !args.dry_run {
-        if let Some(listen) = finished(paths)? {
-            return repair(context, listen);
-        }
+    if !args.dry_run && is_configured(paths)? {
+        let config = ControlConfig::load(paths)?;
+        let target = TargetConfig::load(paths)?;
+        // It succeeds only where an earlier setup was cut short after it wrote its files.
+        return match setup(&request(paths, &config, target.listen)) {
+            Ok(made) => finish(context, args, &made),
+            Err(error) => repair(context, &config, &error),
+        };
     }
     let store = std::path::absolute(&args.store)
         .map_err(|error| Failure::io("find", &args.store, &error))?;
@@ -54,7 +58,15 @@ pub(super) fn run(context: &Context, args: &SetupArgs) -> Result<(), Failure> {
         output::talk("Run without --dry-run to set up.");
         return Ok(());
     }
-    let made = make(context, args.listen, &store, target_listen)?;
+    write_config(paths, args.listen, &store, target_listen)?;
+    let config = ControlConfig::load(paths)?;
+    let made = setup(&request(paths, &config, target_listen))
+        .map_err(|error| Failure::new(Exit::Failed, format!("setup: {error:#}")))?;
+    finish(context, args, &made)
+}
+
+/// Starts what can be started, and says how to go on.
+fn finish(context: &Context, args: &SetupArgs, made: &SetupReply) -> Result<(), Failure> {
     let started = start(context, args.no_start);
     if context.json {
         output::document(&json!({
@@ -82,52 +94,50 @@ pub(super) fn run(context: &Context, args: &SetupArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes authority, certificates, database and configuration files. The files come last: a setup
-/// that was cut short is simply done again.
-fn make(
-    context: &Context,
+/// The configuration files of control and target. They come before everything else is made, so
+/// that a setup that was cut short anywhere is simply done again.
+fn write_config(
+    paths: &Paths,
     listen: SocketAddr,
     store: &Path,
     target_listen: SocketAddr,
-) -> Result<SetupReply, Failure> {
-    let paths = &context.paths;
-    let config = control_config(listen);
-    let database = daemon::control::database(paths, &config);
-    let hosts = daemon::control::hosts(listen);
-    let mut request = SetupRequest::new(paths.pki.clone(), database, listen, hosts);
-    // A target on every address is dialled where its agent dials control.
-    request.target_address = Some(target_listen.to_string());
-    let made =
-        setup(&request).map_err(|error| Failure::new(Exit::Failed, format!("setup: {error:#}")))?;
-    let table = |pairs: &[(&str, String)]| {
+) -> Result<(), Failure> {
+    let table = |pairs: &[(&str, String)]| -> toml::Table {
         pairs.iter().map(|(key, value)| (key.to_string(), value.clone().into())).collect()
     };
-    let target: toml::Table = table(&[
+    let target = table(&[
         ("store", store.display().to_string()),
         ("listen", target_listen.to_string()),
         ("control", dialled(listen).to_string()),
     ]);
     write_toml(&paths.file(TARGET), &target)?;
-    write_toml(&paths.file(CONTROL), &table(&[("listen", listen.to_string())]))?;
-    Ok(made)
+    write_toml(&paths.file(CONTROL), &table(&[("listen", listen.to_string())]))
 }
 
-fn control_config(listen: SocketAddr) -> ControlConfig {
-    ControlConfig { listen, store: None, certificate_life: CERTIFICATE_LIFE_MAX }
+fn request(paths: &Paths, config: &ControlConfig, target_listen: SocketAddr) -> SetupRequest {
+    let database = daemon::control::database(paths, config);
+    let hosts = daemon::control::hosts(config.listen);
+    let mut request = SetupRequest::new(paths.pki.clone(), database, config.listen, hosts);
+    request.certificate_life = config.certificate_life;
+    // One that listens on every address is dialled where its agent dials control.
+    request.target_address = Some(target_listen.to_string());
+    request
 }
 
-/// Where control listens, if an earlier setup came to its end.
-fn finished(paths: &Paths) -> Result<Option<SocketAddr>, Failure> {
+/// Whether an earlier setup got as far as certificates and database.
+fn is_configured(paths: &Paths) -> Result<bool, Failure> {
+    if !paths.file(CONTROL).exists() || !paths.file(TARGET).exists() {
+        return Ok(false);
+    }
     let config = ControlConfig::load(paths)?;
-    let there = daemon::control::database(paths, &config).exists() && paths.file(TARGET).exists();
-    Ok(there.then_some(config.listen))
+    Ok(daemon::control::database(paths, &config).exists()
+        && Identity::load(&paths.pki, OPERATOR).is_ok())
 }
 
 /// A second setup changes nothing, except that certificates of this host that have ended are made
 /// anew: nobody else could do that.
-fn repair(context: &Context, listen: SocketAddr) -> Result<(), Failure> {
+fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> Result<(), Failure> {
     let paths = &context.paths;
-    let config = ControlConfig::load(paths)?;
     let failed = |error: anyhow::Error| Failure::new(Exit::Failed, format!("setup: {error:#}"));
     let mut renewed = Vec::new();
     for name in [OPERATOR, TARGET] {
@@ -136,17 +146,11 @@ fn repair(context: &Context, listen: SocketAddr) -> Result<(), Failure> {
         if identity.not_after() > now {
             continue;
         }
-        let authority = Authority::load(&paths.pki, config.certificate_life).map_err(failed)?;
-        let (key, request) = pki::new_request().map_err(failed)?;
-        let issued = authority.sign(&request, &identity.role, &[], now).map_err(failed)?;
-        let pem = authority.certificate_pem();
-        pki::install(&paths.pki, name, &key, &issued.certificate_pem, pem).map_err(failed)?;
+        reissue(&paths.pki, &daemon::control::database(paths, config), name).map_err(failed)?;
         renewed.push(name);
     }
     if renewed.is_empty() {
-        let what = format!("{} is set up already (control on {listen})", paths.config.display());
-        return Err(Failure::new(Exit::Config, what)
-            .still("nothing was changed")
+        return Err(Failure::new(Exit::Config, format!("{error:#}"))
             .hint(format!("{}   for a new token", context.command("token"))));
     }
     if context.json {

@@ -45,12 +45,13 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     let here = machine::digest();
     let shared = Shared::new(config.control.clone(), Arc::clone(&identity))
         .map_err(|error| Failure::new(Exit::Config, format!("{error:#}")))?;
+    let pin_dir = Path::new(PIN_ROOT).join(&server_id);
     let source = if machine::from_hex(&enrolment.machine) == Some(here) {
         let changed = Arc::clone(&shared);
         let source = SourceConfig {
             identity,
             machine: here,
-            pin_dir: Path::new(PIN_ROOT).join(&server_id),
+            pin_dir: pin_dir.clone(),
             memory_bytes: config.memory_bytes,
             workers: config.workers,
             freezer,
@@ -78,6 +79,8 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     if let Some(source) = Arc::into_inner(side).and_then(AgentSide::into_source) {
         source.stop();
     }
+    // Only where no volume is protected any more are these folders empty and go.
+    let _ = std::fs::remove_dir(pin_dir).and_then(|()| std::fs::remove_dir(PIN_ROOT));
     Ok(())
 }
 

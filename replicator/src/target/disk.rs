@@ -13,6 +13,15 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// How long journal segments grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentBytes {
+    /// A longer one ends at the next epoch.
+    pub enough: u64,
+    /// A longer one ends at the next frame.
+    pub max: u64,
+}
+
 /// The folder of one volume. Names are relative, with at most one `/`.
 pub trait Disk: Send + Sync {
     /// Names of the files in `folder` (`""` is the top), unsorted.
@@ -31,6 +40,12 @@ pub trait Disk: Send + Sync {
     fn free_bytes(&self) -> io::Result<u64>;
     /// What to call a file when talking to people.
     fn path(&self, name: &str) -> PathBuf;
+
+    /// How long segments grow here: long enough that files and descriptors stay few, short enough
+    /// that space comes back soon. A simulated disk has short ones.
+    fn segment_bytes(&self) -> SegmentBytes {
+        SegmentBytes { enough: 16 << 20, max: 256 << 20 }
+    }
 
     /// The whole of a file of at most `bytes_max`, or none if there is no such file.
     fn read(&self, name: &str, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {

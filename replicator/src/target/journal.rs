@@ -25,10 +25,6 @@ const MAGIC: [u8; 4] = *b"SSJ1";
 pub const VERSION: u16 = 1;
 /// Bytes of a segment's header.
 pub const SEGMENT_HEADER_BYTES: u64 = 512;
-/// A segment longer than this ends at the next epoch.
-const SEGMENT_BYTES_ENOUGH: u64 = 16 << 20;
-/// A segment longer than this ends at the next frame.
-const SEGMENT_BYTES_MAX: u64 = 256 << 20;
 
 /// A place in the journal; frames of later epochs have higher ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -189,11 +185,17 @@ impl Journal {
         Ok(FramePlace { segment, offset, bytes: frame.total_bytes() as u32 })
     }
 
+    /// Makes the segment that a commit frame goes to. The next sync makes its header durable with
+    /// the data, so that a commit frame found whole proves that too.
+    pub fn begin_commit(&mut self) -> io::Result<()> {
+        self.segment_for_append().map(drop)
+    }
+
     fn segment_for_append(&mut self) -> io::Result<Arc<Segment>> {
         let enough = if self.end == self.committed {
-            SEGMENT_BYTES_ENOUGH // an epoch begins here
+            self.disk.segment_bytes().enough // an epoch begins here
         } else {
-            SEGMENT_BYTES_MAX
+            self.disk.segment_bytes().max
         };
         let number = match &self.current {
             Some(segment) if self.end.offset <= enough => return Ok(segment.clone()),
@@ -208,6 +210,7 @@ impl Journal {
         }
         self.end = Place { segment: number, offset: SEGMENT_HEADER_BYTES };
         self.current = Some(segment.clone());
+        self.unsynced.push(segment.clone());
         self.names_unsynced = true;
         Ok(segment)
     }

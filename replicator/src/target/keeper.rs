@@ -186,12 +186,13 @@ impl Keeper {
         }
         self.space.take(&*self.disk, frame.total_bytes(), 0)?;
         let path = self.disk.path("");
+        let unwritten = |error| self.failed("writing the journal in", &path, &error);
+        let unsynced = |error| self.stop("syncing the journal in", &path, &error);
         // The data first: a commit frame on disk proves that what it commits was durable.
-        journal.sync().map_err(|error| self.stop("syncing the journal in", &path, &error))?;
-        journal
-            .append(frame)
-            .map_err(|error| self.failed("writing the journal in", &path, &error))?;
-        journal.sync().map_err(|error| self.stop("syncing the journal in", &path, &error))?;
+        journal.begin_commit().map_err(unwritten)?;
+        journal.sync().map_err(unsynced)?;
+        journal.append(frame).map_err(unwritten)?;
+        journal.sync().map_err(unsynced)?;
         // Frames, digest, chain and signature were checked, and all of it is durable: from here on
         // the epoch may be acknowledged, and the source may forget its taken bitmap.
         let end = journal.mark_committed();

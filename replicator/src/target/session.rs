@@ -228,7 +228,10 @@ fn converse<S: Read + Write>(
                 Ok(grant)
             })?;
             handle.due_in(None);
-            let Some((frame, grant)) = received else { return Ok(()) };
+            let Some((frame, grant)) = received else {
+                // Either the peer closed, or this session was told to end.
+                return handle.ended().map_or(Ok(()), |told| Err(told.into()));
+            };
             match frame.header.kind {
                 FrameKind::Data => seat.keeper.data(&frame)?,
                 FrameKind::SyncData if copying => seat.keeper.copy_data(&frame)?,

@@ -121,15 +121,14 @@ impl Ebpf {
                 best = Some(merged);
                 last = Some(now);
             }
-            if start.elapsed() > BASELINE_BUSY_WAIT && !self.bio_based {
-                if let Some(mut offsets) = best {
-                    for copy in &mut offsets {
-                        copy[QUEUE[0]] = UNKNOWN;
-                        copy[QUEUE[1]] = UNKNOWN;
-                    }
-                    self.set_baseline(offsets);
-                    return Ok(());
+            let may_measure = start.elapsed() > BASELINE_BUSY_WAIT && !self.bio_based;
+            if let (true, Some(mut offsets)) = (may_measure, best) {
+                for copy in &mut offsets {
+                    copy[QUEUE[0]] = UNKNOWN;
+                    copy[QUEUE[1]] = UNKNOWN;
                 }
+                self.set_baseline(offsets);
+                return Ok(());
             }
             sleep(BASELINE_PAUSE);
         }

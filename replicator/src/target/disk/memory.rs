@@ -4,12 +4,14 @@
 //! Stricter than any file system: writes that were not synced survive in any combination, and so
 //! do names. For tests and simulation; the daemon never makes one.
 
-use super::{Disk, DiskFile};
+use super::{Disk, DiskFile, SegmentBytes};
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+/// Short, so that a few frames make several segments.
+const SEGMENT_BYTES: SegmentBytes = SegmentBytes { enough: 1 << 10, max: 2 << 10 };
 const SECTOR_BYTES: usize = 512;
 /// Free space unless told otherwise, bytes.
 const FREE_BYTES: u64 = 1 << 40;
@@ -267,6 +269,10 @@ impl Disk for MemoryDisk {
 
     fn path(&self, name: &str) -> PathBuf {
         PathBuf::from("/memory").join(name)
+    }
+
+    fn segment_bytes(&self) -> SegmentBytes {
+        SEGMENT_BYTES
     }
 }
 
