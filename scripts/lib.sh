@@ -89,7 +89,7 @@ real_packages=(losetup=util-linux mount=mount mkfs.ext4=e2fsprogs diff=diffutils
 # One profile and one set of features for everything, so that no dependency is compiled twice.
 # SECONDSITE_NO_REAL leaves the tests out that need root and devices.
 features=()
-[ -n "${SECONDSITE_NO_REAL:-}" ] || features=(--features secondsite-tests/real,secondsite-tracker/real)
+[ -n "${SECONDSITE_NO_REAL:-}" ] || features=(--features secondsite/real,secondsite-tests/real,secondsite-tracker/real)
 
 build_all() {
     say "Building (release)…"

@@ -54,9 +54,10 @@ impl LoopDevice {
         self.path.file_name().and_then(|name| name.to_str()).expect("/dev/loopN")
     }
 
-    /// Makes an ext4 on it.
-    pub fn format_ext4(&self) {
-        run("mkfs.ext4", &["-q", "-F", self.path.to_str().expect("UTF-8")]);
+    /// Makes an ext4 on it; by default a small one has blocks of 1 KiB.
+    pub fn format_ext4(&self, options: &[&str]) {
+        let device = self.path.to_str().expect("UTF-8");
+        run("mkfs.ext4", &[options, &["-q", "-F", device]].concat());
     }
 }
 

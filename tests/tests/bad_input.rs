@@ -68,7 +68,7 @@ fn a_mounted_target_device_is_refused() {
     let dir = tempfile::tempdir().expect("a folder");
     let source = LoopDevice::sparse(dir.path(), "source.img", VOLUME_BYTES);
     let used = LoopDevice::sparse(dir.path(), "used.img", VOLUME_BYTES);
-    used.format_ext4();
+    used.format_ext4(&[]);
     let mount = Mount::new(used.path(), &dir.path().join("mnt"), "defaults");
     std::fs::write(mount.path().join("precious"), "data").expect("write");
     let mut lab = Lab::new();

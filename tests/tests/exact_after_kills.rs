@@ -22,7 +22,7 @@ fn the_replica_is_exact_after_kills() {
     let mut random = Random::printed("exact_after_kills");
     let dir = tempfile::tempdir().expect("a folder");
     let device = LoopDevice::sparse(dir.path(), "source.img", VOLUME_BYTES);
-    device.format_ext4();
+    device.format_ext4(&[]);
     let mount = Mount::new(device.path(), &dir.path().join("mnt"), "defaults");
     let mut still = vec![0; STILL_BYTES];
     random.fill(&mut still);

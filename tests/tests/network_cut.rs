@@ -16,7 +16,7 @@ fn replication_resumes_after_every_cut() {
     let mut random = Random::printed("network_cut");
     let dir = tempfile::tempdir().expect("a folder");
     let device = LoopDevice::sparse(dir.path(), "source.img", VOLUME_BYTES);
-    device.format_ext4();
+    device.format_ext4(&[]);
     let mount = Mount::new(device.path(), &dir.path().join("mnt"), "defaults");
     let mut lab = Lab::on_a_network();
     lab.join();

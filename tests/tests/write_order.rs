@@ -30,7 +30,8 @@ fn every_point_is_a_prefix_of_the_writes() {
     let mut random = Random::printed("write_order");
     let dir = tempfile::tempdir().expect("a folder");
     let device = LoopDevice::sparse(dir.path(), "source.img", VOLUME_BYTES);
-    device.format_ext4();
+    // Each stamp fills one block of the volume.
+    device.format_ext4(&["-b", "4096"]);
     let mount = Mount::new(device.path(), &dir.path().join("mnt"), "defaults");
     let history = History::default();
     let mut turn = writer(&mount.path().join("ordered"), random.fork(), history.clone());
@@ -109,20 +110,20 @@ fn writer(path: &Path, mut random: Random, history: History) -> Turn {
 /// Scans the replica volume for stamped blocks; panics unless they are a prefix of `history`;
 /// returns its last stamp.
 fn prefix(replica: &Path, history: &[u64]) -> u64 {
-    let mut found = vec![0; PLACES as usize];
+    let mut found = vec![None; PLACES as usize];
     let mut file = File::open(replica).expect("the replica volume");
     let mut buffer = vec![0; 1 << 20];
     for _ in 0..VOLUME_BYTES / buffer.len() as u64 {
         file.read_exact(&mut buffer).expect("read the replica volume");
         for block in buffer.chunks(BLOCK_BYTES).filter(|block| block[..16] == *MAGIC) {
             let number = |at| u64::from_le_bytes(block[at..at + 8].try_into().expect("8 bytes"));
-            found[number(24) as usize] = number(16);
+            found[number(24) as usize] = Some(number(16));
         }
     }
-    let last = *found.iter().max().expect("places");
-    let mut expected = vec![0; PLACES as usize];
+    let last = found.iter().max().copied().flatten().expect("a stamped block");
+    let mut expected = vec![Some(0); PLACES as usize];
     for (stamp, place) in history.iter().enumerate().take(last as usize + 1).skip(1) {
-        expected[*place as usize] = stamp as u64;
+        expected[*place as usize] = Some(stamp as u64);
     }
     let missing = expected.iter().zip(&found).filter(|(expected, found)| expected != found).count();
     assert_eq!(missing, 0, "up to write {last}, {missing} places lack their newest write");
