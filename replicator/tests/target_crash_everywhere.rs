@@ -126,7 +126,11 @@ fn check(disk: &MemoryDisk, known: Known, when: &str) {
     assert!(durable >= known.acknowledged, "{when}: epoch {} is lost", known.acknowledged);
     let found = read_all(&keeper);
     assert!(found == models[durable as usize], "{when}: not epoch {durable}");
-    // Promotion gives the same, may be repeated, and finishes what was interrupted.
+    // What was interrupted is finished though nobody asks for it, and the replica is its base.
+    promote(&keeper, Epoch(0), &|| true).unwrap();
+    let base = keeper.volume().record().base.as_ref().map_or(0, |base| base.epoch.0);
+    assert!(replica(disk) == models[base as usize], "{when}: replica is not its base {base}");
+    // Promotion gives the same, and may be repeated.
     promote(&keeper, Epoch(durable), &|| true).unwrap();
     assert!(replica(disk) == models[durable as usize], "{when}: replica is not {durable}");
     assert_eq!(keeper.volume().record().promoting, None, "{when}");

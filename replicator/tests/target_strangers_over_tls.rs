@@ -115,6 +115,7 @@ type Stream = StreamOwned<ClientConnection, TcpStream>;
 fn connect(address: SocketAddr, config: Arc<ClientConfig>) -> Connection<Stream> {
     let socket = TcpStream::connect(address).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_nodelay(true).unwrap();
     let name = "target.secondsite.internal".try_into().unwrap();
     Connection::new(StreamOwned::new(ClientConnection::new(config, name).unwrap(), socket))
 }

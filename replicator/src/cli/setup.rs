@@ -158,9 +158,6 @@ fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> R
     } else {
         output::data(&format!("Renewed  certificates that had ended: {}\n", renewed.join(", ")));
     }
-    if renewed.contains(&TARGET) {
-        output::talk("Restart the target, so that it uses its new certificate.");
-    }
     Ok(())
 }
 

@@ -113,23 +113,15 @@ impl Shared {
         Arc::clone(&lock(&self.client))
     }
 
-    /// The loops use the renewed certificate with their next question.
-    fn set_identity(&self, identity: &Arc<Identity>) -> Result<(), LinkError> {
-        let config = identity.client_config().map_err(LinkError::Certificate)?;
-        *lock(&self.client) = Arc::new(Client::new(&self.address, config));
-        *lock(&self.identity) = Arc::clone(identity);
-        Ok(())
-    }
-
     fn identity(&self) -> Arc<Identity> {
         Arc::clone(&lock(&self.identity))
     }
 
     /// Logs when control goes and when it comes back, not each attempt.
-    fn note(&self, role: &str, result: Result<(), &LinkError>) {
+    fn note(&self, role: &str, result: Result<&(), &LinkError>) {
         let mut trouble = lock(&self.trouble);
         match result {
-            Ok(()) => {
+            Ok(_) => {
                 if trouble.take().is_some() {
                     tracing::info!("control at {} answers again", self.address);
                 }
@@ -137,10 +129,7 @@ impl Shared {
             Err(error) => {
                 let why = self.expiry(role).unwrap_or_else(|| error.to_string());
                 if trouble.as_ref() != Some(&why) {
-                    tracing::warn!(
-                        "control at {}: {why}; the last assignment goes on, tried again",
-                        self.address
-                    );
+                    tracing::warn!("{why}; the last assignment goes on, tried again");
                     *trouble = Some(why);
                 }
             }
@@ -193,7 +182,7 @@ async fn polls<S: Side>(side: &S, shared: &Shared) {
     loop {
         let began = Instant::now();
         let result = side.poll(&shared.client()).await;
-        shared.note(S::ROLE, result.as_ref().map(|()| ()));
+        shared.note(S::ROLE, result.as_ref());
         match result {
             Ok(()) => pause.reset(),
             Err(_) => sleep(pause.next(began)).await,
@@ -206,9 +195,13 @@ async fn reports<S: Side>(side: &S, shared: &Shared) {
     loop {
         let began = Instant::now();
         let result = side.report(&shared.client()).await;
-        // The polling loop tells that control is away; a report that alone is refused is news.
+        // The polling loop tells that control is away; a report hears sooner that it is back, since
+        // a poll is answered only when there is news.
         match result {
-            Ok(()) => pause.reset(),
+            Ok(()) => {
+                shared.note(S::ROLE, Ok(&()));
+                pause.reset();
+            }
             Err(error) => {
                 if matches!(&error, LinkError::State(_)) {
                     tracing::error!("{error}");
@@ -248,6 +241,15 @@ async fn renewals<S: Side>(side: &S, shared: &Shared) {
     let mut pause = Pause::default();
     loop {
         let identity = shared.identity();
+        // Another process may have made it anew (`join`, `setup`) because ours had ended.
+        if let Ok(found) = Identity::load(&identity.dir, S::ROLE)
+            && found.role == identity.role
+            && found.serial() != identity.serial()
+        {
+            adopt(side, shared, Arc::new(found));
+            sleep(RENEWAL_LOOK_MIN).await;
+            continue;
+        }
         let now = jiff::Timestamp::now();
         if !side.renews() || !identity.renewal_due(now) {
             let due = identity.not_before()
@@ -260,8 +262,7 @@ async fn renewals<S: Side>(side: &S, shared: &Shared) {
         match renew(shared, S::ROLE).await {
             Ok(renewed) => {
                 pause.reset();
-                tracing::info!("certificate renewed, good until {}", renewed.not_after());
-                side.set_identity(renewed);
+                adopt(side, shared, renewed);
             }
             Err(error) => {
                 tracing::debug!("renewal: {error}");
@@ -272,9 +273,20 @@ async fn renewals<S: Side>(side: &S, shared: &Shared) {
 }
 
 async fn renew(shared: &Shared, role: &str) -> Result<Arc<Identity>, LinkError> {
-    let renewed = renew_with(&shared.client(), &shared.identity(), role).await?;
-    shared.set_identity(&renewed)?;
-    Ok(renewed)
+    renew_with(&shared.client(), &shared.identity(), role).await
+}
+
+/// The loops and the data plane use this one from now on.
+fn adopt<S: Side>(side: &S, shared: &Shared, identity: Arc<Identity>) {
+    match identity.client_config() {
+        Ok(config) => {
+            tracing::info!("certificate renewed, good until {}", identity.not_after());
+            *lock(&shared.client) = Arc::new(Client::new(&shared.address, config));
+            *lock(&shared.identity) = Arc::clone(&identity);
+            side.set_identity(identity);
+        }
+        Err(error) => tracing::error!("the renewed certificate: {error:#}"),
+    }
 }
 
 /// A fresh key and its certificate, put in place of `identity` (files `role.key`, `role.pem`).

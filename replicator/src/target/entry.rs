@@ -11,6 +11,7 @@ use super::volume::refuse;
 use secondsite_control::api::TargetVolumeReport;
 use secondsite_format::ids::VolumeId;
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,8 @@ struct Seats {
 
 /// See the module.
 pub struct Entry {
+    /// Where the replica volume is if it is a file.
+    replica_file: PathBuf,
     spec: Mutex<Option<VolumeSpec>>,
     opened: Mutex<Opened>,
     refused: Mutex<Option<String>>,
@@ -52,10 +55,11 @@ pub struct Seat<'a> {
 }
 
 impl Entry {
-    /// A volume that is not open yet.
-    pub fn new(spec: Option<VolumeSpec>) -> Self {
+    /// A volume that is not open yet, and its folder.
+    pub fn new(folder: &Path) -> Self {
         Self {
-            spec: Mutex::new(spec),
+            replica_file: folder.join(replica::FILE),
+            spec: Mutex::default(),
             opened: Mutex::new(Opened::Pending),
             refused: Mutex::default(),
             seats: Mutex::default(),
@@ -76,9 +80,14 @@ impl Entry {
         lock(&self.spec).clone()
     }
 
-    /// It is open, or cannot be.
-    pub fn set_opened(&self, opened: Opened) {
-        *lock(&self.opened) = opened;
+    /// It is open, or cannot be. Whether that is news.
+    pub fn set_opened(&self, opened: Opened) -> bool {
+        let mut known = lock(&self.opened);
+        let same = matches!(
+            (&*known, &opened), (Opened::Failed(before), Opened::Failed(now)) if before == now
+        );
+        *known = opened;
+        !same
     }
 
     /// The open volume.
@@ -178,8 +187,8 @@ impl Entry {
         if report.replica.is_empty()
             && let Some(spec) = self.spec()
         {
-            let device = spec.device.map(|path| path.display().to_string());
-            report.replica = device.unwrap_or_else(|| replica::FILE.to_owned());
+            let path = spec.device.as_ref().unwrap_or(&self.replica_file);
+            report.replica = path.display().to_string();
         }
         report
     }

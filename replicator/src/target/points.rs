@@ -39,8 +39,13 @@ pub struct CompletePoint {
 pub fn complete_points(volumes: &[VolumeEpochs]) -> Vec<CompletePoint> {
     let mut cuts: BTreeMap<CutId, CompletePoint> = BTreeMap::new();
     for volume in volumes {
-        for facts in &volume.epochs {
-            let doubted = volume.epochs.iter().any(|later| doubts(later, facts.epoch));
+        let mut doubt_from = Epoch(u64::MAX);
+        for facts in volume.epochs.iter().rev() {
+            // What manifests behind this one say; its own doubt is about those before it.
+            let doubted = doubt_from <= facts.epoch;
+            if facts.doubt_from != Epoch(0) {
+                doubt_from = doubt_from.min(facts.doubt_from);
+            }
             let point = cuts.entry(facts.cut_id).or_insert_with(|| CompletePoint {
                 cut_id: facts.cut_id,
                 time_ns: facts.time_ns,
@@ -57,11 +62,6 @@ pub fn complete_points(volumes: &[VolumeEpochs]) -> Vec<CompletePoint> {
     }
     cuts.retain(|_, point| point.is_complete());
     in_order(cuts)
-}
-
-/// Whether a manifest takes "exact" from an epoch before it.
-fn doubts(later: &EpochFacts, epoch: Epoch) -> bool {
-    later.doubt_from != Epoch(0) && later.doubt_from <= epoch && epoch < later.epoch
 }
 
 impl CompletePoint {

@@ -140,8 +140,7 @@ struct Scan<'a> {
 impl Scan<'_> {
     /// Replays frames until the end (`None`) or until something is not as it should be.
     fn run(&mut self, segments: &[(Arc<Segment>, bool)]) -> io::Result<Option<String>> {
-        let mut due = self.at.segment;
-        for (segment, whole) in segments {
+        for ((segment, whole), due) in segments.iter().zip(self.at.segment..) {
             if segment.number != due {
                 return Ok(Some(format!("{} is missing", Segment::name(due))));
             }
@@ -161,7 +160,6 @@ impl Scan<'_> {
                     return Ok(Some(stop));
                 }
             }
-            due += 1;
         }
         Ok(None)
     }

@@ -25,8 +25,9 @@ use std::time::{Duration, Instant};
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(15);
 /// A session on which nothing comes for so long is over; sources ping every 10 s.
 pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A frame whose header has come must be whole in this time: it holds memory of the budget.
-pub const FRAME_TIMEOUT: Duration = Duration::from_secs(60);
+/// A frame whose header has come must be whole in this time, because it holds memory of the budget;
+/// long enough for the largest frame over a line of 4 KiB a second.
+pub const FRAME_TIMEOUT: Duration = Duration::from_secs(300);
 /// After a refusal, what the peer still sends is taken in and thrown away for so long, because a
 /// reset would take the refusal from it unread.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -179,8 +180,8 @@ fn say_and_drain<S: Read + Write>(
     handle.line.shutdown(Shutdown::Write);
     let mut stream = connection.into_stream();
     let mut scratch = [0; 8 << 10];
-    // Ends at the peer's end, or when the deadline cuts the connection.
-    while stream.read(&mut scratch).is_ok_and(|count| count > 0) {}
+    let begun = Instant::now();
+    while begun.elapsed() < DRAIN_TIMEOUT && stream.read(&mut scratch).is_ok_and(|n| n > 0) {}
 }
 
 fn converse<S: Read + Write>(

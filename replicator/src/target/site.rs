@@ -22,6 +22,7 @@ use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{Epoch, ServerId, VolumeId};
 use secondsite_format::message::{Hello, PROTOCOL, Refusal, RefusalCode};
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -78,7 +79,8 @@ impl Site {
             changed,
         };
         for (server, volume) in site.stored() {
-            site.entries().insert((server, volume), Arc::new(Entry::new(None)));
+            let entry = Arc::new(Entry::new(&site.folder(server, volume)));
+            site.entries().insert((server, volume), entry);
             site.jobs.add(Job::Open(server, volume));
         }
         site.assign(assignment);
@@ -106,6 +108,10 @@ impl Site {
         found
     }
 
+    fn folder(&self, server: ServerId, volume: VolumeId) -> PathBuf {
+        self.config.store.join(below_store(server, volume))
+    }
+
     /// Follows this assignment; sessions that it does not allow are ended at once.
     pub fn assign(&self, assignment: TargetAssignment) {
         let assignment = Arc::new(assignment);
@@ -115,7 +121,8 @@ impl Site {
                 let key = (spec.server, spec.volume);
                 let entry = {
                     let mut entries = self.entries();
-                    entries.entry(key).or_insert_with(|| Arc::new(Entry::new(None))).clone()
+                    let fresh = || Arc::new(Entry::new(&self.folder(key.0, key.1)));
+                    entries.entry(key).or_insert_with(fresh).clone()
                 };
                 if entry.set_spec(spec) {
                     self.jobs.add(Job::Open(key.0, key.1));
@@ -237,7 +244,10 @@ impl Site {
     /// Does jobs until [`Self::stop`]: the body of a worker thread.
     pub fn work(&self) {
         while let Some(job) = self.jobs.next() {
-            self.run(job);
+            // A broken invariant costs the job, not the worker that serves all other volumes.
+            if std::panic::catch_unwind(AssertUnwindSafe(|| self.run(job))).is_err() {
+                tracing::error!("{job:?} broke an invariant; see the message above");
+            }
             self.jobs.done(job);
             self.changed();
         }
@@ -272,7 +282,7 @@ impl Site {
             return;
         }
         let spec = entry.spec();
-        let below = format!("{SERVERS}/{server}/{volume}");
+        let below = below_store(server, volume);
         let opened = Folder::create(&self.config.store, &below, &[journal::FOLDER])
             .map_err(|cause| OpenError::Io { operation: "making its folder", cause })
             .and_then(|folder| {
@@ -285,10 +295,14 @@ impl Site {
                 self.jobs.add(Job::Promote(server));
             }
             Err(error) => {
-                let message = format!("{}: {error}", self.config.store.join(below).display());
-                tracing::error!("volume {volume} of server {server} cannot be opened: {message}");
-                entry.set_opened(Opened::Failed(message));
-                self.again().push(Job::Open(server, volume));
+                let message = format!("{}: {error}", self.folder(server, volume).display());
+                // A device may be given free, a full store may be emptied; damage stays damage.
+                if matches!(error, OpenError::Replica(_) | OpenError::Io { .. }) {
+                    self.again().push(Job::Open(server, volume));
+                }
+                if entry.set_opened(Opened::Failed(message.clone())) {
+                    tracing::error!("a volume of server {server} cannot be opened: {message}");
+                }
             }
         }
     }
@@ -365,6 +379,12 @@ impl Site {
     fn again(&self) -> MutexGuard<'_, Vec<Job>> {
         self.again.lock().expect("nothing panics while it holds the list")
     }
+}
+
+/// Folder of a volume below the store. Ids are made by control and parsed here: no name of a peer
+/// becomes part of a path.
+fn below_store(server: ServerId, volume: VolumeId) -> String {
+    format!("{SERVERS}/{server}/{volume}")
 }
 
 fn not_allowed(message: &str) -> Refusal {
