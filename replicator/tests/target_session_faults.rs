@@ -420,6 +420,10 @@ fn a_first_copy_resumes_at_the_durable_cursor_or_starts_over() {
     client.close();
     drop(first);
     let second = site(store.path());
+    let (mut client, _) = Client::welcomed(&second);
+    client.send(&sync_frame(&[Put::Fill(9, 9)]));
+    assert_eq!(client.refused().code, RefusalCode::OutOfOrder, "this session did not resume it");
+    client.close();
     let (mut client, welcome) = Client::welcomed(&second);
     let copy = CopyState::Copying { sync: SYNC, cursor: 2 * BLOCK };
     assert_eq!((welcome.copy, welcome.reads_zero), (copy, true));
