@@ -7,6 +7,8 @@ use secondsite_tests::lab::{Daemon, Lab, SERVER, Side, epoch_of};
 use secondsite_tests::load::Load;
 use secondsite_tests::random::Random;
 use secondsite_tests::soak;
+use std::fs::File;
+use std::io::Write;
 use std::time::Duration;
 
 const VOLUME_BYTES: u64 = 768 << 20;
@@ -26,7 +28,10 @@ fn the_replica_is_exact_after_kills() {
     let mount = Mount::new(device.path(), &dir.path().join("mnt"), "defaults");
     let mut still = vec![0; STILL_BYTES];
     random.fill(&mut still);
-    std::fs::write(mount.path().join("still"), &still).expect("write");
+    // On the disk before anything is followed, or its writeback would count as changes.
+    let mut file = File::create(mount.path().join("still")).expect("create");
+    file.write_all(&still).and_then(|()| file.sync_all()).expect("write");
+    drop((file, still));
 
     let mut lab = Lab::new();
     lab.join();
