@@ -199,7 +199,7 @@ impl Shipper {
                 verify.held(&runs_of(&volume.shape, batch).collect::<Vec<_>>());
             });
         }
-        let result = encode_batches(&commons.workers, &volume, held, |encoded| {
+        encode_batches(&commons.workers, &volume, held, |encoded| {
             let (session, ledger) = self.parts()?;
             note_unreadable(&mut bench.unreadable, encoded.unreadable);
             if let Some((body, digest)) = encoded.body {
@@ -208,8 +208,7 @@ impl Shipper {
                 ledger.keep(digest, frame);
             }
             Ok(())
-        });
-        result
+        })
     }
 
     /// Signs the manifest.
