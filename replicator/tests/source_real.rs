@@ -330,6 +330,30 @@ fn a_compare_only_volume_is_replicated() {
 }
 
 #[test]
+fn what_cannot_be_read_is_named_and_everything_else_goes_on() {
+    let folder = folder();
+    let mounted = Mounted::new(folder.path());
+    std::fs::write(mounted.mount.join("early"), vec![7; 3 << 20]).unwrap();
+    run("mount", &["-o", "remount,ro", mounted.mount.to_str().unwrap()]);
+    // Reading beyond the end of what lies under a loop device is an I/O error.
+    let (whole, rest) = (BYTES - (2 << 20) - 8192, (2 << 20) + 8192);
+    File::options().write(true).open(folder.path().join("disk")).unwrap().set_len(whole).unwrap();
+    let (site, _pins) = site(folder.path(), "bad-test", &mounted.device, TrackerChoice::Ebpf);
+    let target = site.target("127.0.0.1:0".parse().unwrap());
+    let source = site.source(target.listening());
+    let row = until("the range to be named", || {
+        let row = source.report().volumes[0].clone();
+        row.reason.contains("cannot be read").then_some(row)
+    });
+    assert!(row.reason.contains(&format!("at byte {whole} ({rest} bytes)")), "{row:?}");
+    assert_eq!((row.phase, row.backlog_bytes), (VolumePhase::Following, rest));
+    let point = until("a point", || target.report().points.last().cloned());
+    assert_eq!(point.consistency, "fuzzy");
+    source.stop();
+    target.stop();
+}
+
+#[test]
 fn unprotecting_removes_the_pins() {
     let folder = folder();
     let mounted = Mounted::new(folder.path());
