@@ -179,11 +179,11 @@ fn phase(source: &Source, wanted: VolumePhase) {
 }
 
 /// The volume, mounted read-only by now, against the replica.
-fn check_equal(site: &Site, target: &Target) {
+fn check_equal(site: &Site, target: &Target, after: Option<u64>) {
     let replica = until("the promotion", || {
         let row = target.report().volumes[0].clone();
         assert_eq!(row.error, None);
-        (row.epoch.is_some() && row.epoch == row.promoted_epoch).then_some(row.replica)
+        (row.epoch > after && row.epoch == row.promoted_epoch).then_some(row.replica)
     });
     let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     // What lies under the loop device: its own page cache has what ext4 has not written.
@@ -196,7 +196,12 @@ fn check_equal(site: &Site, target: &Target) {
     }
 }
 
-fn writer(mount: PathBuf, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<u64> {
+/// Writes files, with pauses or without a moment's rest.
+fn writer(
+    mount: PathBuf,
+    stop: Arc<AtomicBool>,
+    restless: Arc<AtomicBool>,
+) -> std::thread::JoinHandle<u64> {
     std::thread::spawn(move || {
         let mut count = 0u64;
         while !stop.load(Ordering::Relaxed) {
@@ -204,11 +209,14 @@ fn writer(mount: PathBuf, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<u64>
             let mut file = File::create(path).unwrap();
             let bytes = vec![count as u8; 4096 * (1 + (count * 7 % 60) as usize)];
             file.write_all(&bytes).unwrap();
-            if count % 3 == 0 {
+            let restless = restless.load(Ordering::Relaxed);
+            if restless || count.is_multiple_of(3) {
                 file.sync_all().unwrap();
             }
             count += 1;
-            std::thread::sleep(Duration::from_millis(3));
+            if !restless {
+                std::thread::sleep(Duration::from_millis(3));
+            }
         }
         count
     })
@@ -238,7 +246,8 @@ fn a_busy_ext4_is_replicated_exactly_through_restarts_of_both_sides() {
     let mounted = Mounted::new(folder.path());
     let (site, _pins) = site(folder.path(), "source-test", &mounted.device, TrackerChoice::Ebpf);
     let stop = Arc::new(AtomicBool::new(false));
-    let writing = writer(mounted.mount.clone(), stop.clone());
+    let restless = Arc::new(AtomicBool::new(false));
+    let writing = writer(mounted.mount.clone(), stop.clone(), restless.clone());
 
     let mut target = site.target("127.0.0.1:0".parse().unwrap());
     let address = target.listening();
@@ -250,6 +259,19 @@ fn a_busy_ext4_is_replicated_exactly_through_restarts_of_both_sides() {
         panic!("an exact point under load")
     };
     println!("under load: {:?}", source.report().volumes[0]);
+
+    restless.store(true, Ordering::Relaxed);
+    let mut last = String::new();
+    until("a cut by freeze", || {
+        let row = source.report().volumes[0].clone();
+        if row.reason != last {
+            last = row.reason;
+            println!("{:?} {} {last}", Instant::now(), row.cut);
+        }
+        (row.cut == "freeze").then_some(())
+    });
+    println!("under more: {:?}", source.report().volumes[0]);
+    restless.store(false, Ordering::Relaxed);
 
     source.stop();
     std::thread::sleep(Duration::from_millis(500));
@@ -265,12 +287,13 @@ fn a_busy_ext4_is_replicated_exactly_through_restarts_of_both_sides() {
     stop.store(true, Ordering::Relaxed);
     println!("{} files written", writing.join().unwrap());
     run("mount", &["-o", "remount,ro", mounted.mount.to_str().unwrap()]);
+    let before = target.report().volumes[0].epoch;
     let OrderState::Done { result: OrderResult::Cut { exact: true, .. } } =
         ordered(&source, 3, OrderKind::Cut)
     else {
         panic!("an exact point")
     };
-    check_equal(&site, &target);
+    check_equal(&site, &target, before);
     let OrderState::Done { result: OrderResult::Verify { volumes } } =
         ordered(&source, 4, OrderKind::Verify)
     else {
@@ -295,12 +318,37 @@ fn a_compare_only_volume_is_replicated() {
     phase(&source, VolumePhase::Following);
     std::fs::write(mounted.mount.join("late"), vec![7; 3 << 20]).unwrap();
     run("mount", &["-o", "remount,ro", mounted.mount.to_str().unwrap()]);
+    let before = target.report().volumes[0].epoch;
     let OrderState::Done { result: OrderResult::Cut { exact: false, .. } } =
         ordered(&source, 1, OrderKind::Cut)
     else {
         panic!("a fuzzy point")
     };
-    check_equal(&site, &target);
+    check_equal(&site, &target, before);
+    source.stop();
+    target.stop();
+}
+
+#[test]
+fn what_cannot_be_read_is_named_and_everything_else_goes_on() {
+    let folder = folder();
+    let mounted = Mounted::new(folder.path());
+    std::fs::write(mounted.mount.join("early"), vec![7; 3 << 20]).unwrap();
+    run("mount", &["-o", "remount,ro", mounted.mount.to_str().unwrap()]);
+    // Reading beyond the end of what lies under a loop device is an I/O error.
+    let (whole, rest) = (BYTES - (2 << 20) - 8192, (2 << 20) + 8192);
+    File::options().write(true).open(folder.path().join("disk")).unwrap().set_len(whole).unwrap();
+    let (site, _pins) = site(folder.path(), "bad-test", &mounted.device, TrackerChoice::Ebpf);
+    let target = site.target("127.0.0.1:0".parse().unwrap());
+    let source = site.source(target.listening());
+    let row = until("the range to be named", || {
+        let row = source.report().volumes[0].clone();
+        row.reason.contains("cannot be read").then_some(row)
+    });
+    assert!(row.reason.contains(&format!("at byte {whole} ({rest} bytes)")), "{row:?}");
+    assert_eq!((row.phase, row.backlog_bytes), (VolumePhase::Following, rest));
+    let point = until("a point", || target.report().points.last().cloned());
+    assert_eq!(point.consistency, "fuzzy");
     source.stop();
     target.stop();
 }

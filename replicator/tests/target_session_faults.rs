@@ -350,7 +350,8 @@ fn a_manifest_that_is_not_proven_commits_nothing() {
 #[test]
 fn strangers_are_refused_with_their_reason() {
     let (_store, site, chain) = protected();
-    let cases: [(fn(&mut Hello), RefusalCode); 7] = [
+    type Spoil = fn(&mut Hello);
+    let cases: [(Spoil, RefusalCode); 7] = [
         (|hello| hello.machine = [1; 32], RefusalCode::OtherMachine),
         (|hello| hello.server = ServerId([1; 16]), RefusalCode::NotAllowed),
         (|hello| hello.volume = VolumeId([1; 16]), RefusalCode::NotAllowed),

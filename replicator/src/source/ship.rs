@@ -22,6 +22,8 @@ use secondsite_tracker::marks::{BlockRun, Marks};
 const TAKE_BLOCKS_MAX: u64 = 1 << 16;
 /// A barrier is asked for when this much was sent since the last.
 const UNCONFIRMED_BYTES_MAX: u64 = 64 << 20;
+/// Or this many frames: what the ledger remembers of them is bounded, too.
+const UNCONFIRMED_FRAMES_MAX: u32 = 1024;
 
 impl Shipper {
     /// One pre-copy pass: what a failed last pass holds, then what is live now.
@@ -75,7 +77,10 @@ impl Shipper {
                     session.link.send(&frame)?;
                     let bytes = frame.total_bytes();
                     volume.face.update(|status| status.sent_bytes += bytes);
-                    if ledger.unconfirmed_bytes() > UNCONFIRMED_BYTES_MAX {
+                    let sent = ledger.sent();
+                    if ledger.unconfirmed_bytes() > UNCONFIRMED_BYTES_MAX
+                        || sent.sent - sent.confirmed > UNCONFIRMED_FRAMES_MAX
+                    {
                         confirm(session, ledger)?;
                     }
                 } else {
@@ -194,7 +199,7 @@ impl Shipper {
                 verify.held(&runs_of(&volume.shape, batch).collect::<Vec<_>>());
             });
         }
-        let result = encode_batches(&commons.workers, &volume, held, |encoded| {
+        encode_batches(&commons.workers, &volume, held, |encoded| {
             let (session, ledger) = self.parts()?;
             note_unreadable(&mut bench.unreadable, encoded.unreadable);
             if let Some((body, digest)) = encoded.body {
@@ -203,8 +208,7 @@ impl Shipper {
                 ledger.keep(digest, frame);
             }
             Ok(())
-        });
-        result
+        })
     }
 
     /// Signs the manifest.

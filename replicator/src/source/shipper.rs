@@ -259,6 +259,10 @@ impl Shipper {
         tracing::debug!(volume = %self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
         if plan.committed {
             self.committed(welcome.durable, welcome.chain);
+            let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
+            if shipping {
+                self.volume.finish(Outcome::Done);
+            }
         }
         if let Some(why) = plan.doubt
             && !self.volume.compare_only
@@ -338,7 +342,8 @@ impl Shipper {
     pub(super) fn settle(&self) {
         let marks = self.volume.marks();
         let mut control = self.volume.control();
-        if !marks.cut().stands {
+        let compare_first = marks.compare_due() && !self.volume.compare_only;
+        if !marks.cut().stands && !compare_first {
             debug_assert_eq!(marks.taken_count(), 0, "a settled cut holds nothing");
             control.ready = Some(self.durable.0.next());
             drop(control);
@@ -362,10 +367,6 @@ impl Shipper {
             control.commits += 1;
         }
         self.volume.face.update(|status| status.give_ups = 0);
-        let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
-        if shipping {
-            self.volume.finish(Outcome::Done);
-        }
     }
 
     /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
@@ -529,6 +530,7 @@ impl Shipper {
         let mut control = self.volume.control();
         control.ready = None;
         control.away_since.get_or_insert(now);
+        control.verify_waits = false;
         if control.verify != VerifyState::Idle && self.verify.take().is_some() {
             // Looks at another session's state prove nothing together.
             control.verify = VerifyState::Ordered;

@@ -82,8 +82,8 @@ pub fn read_in_order(
             let batch = disk.wait()?;
             early.insert(batch.tag, batch);
             while let Some(batch) = early.remove(&due) {
-                sink(&batch);
                 due += 1;
+                sink(&batch);
             }
         }
     })();

@@ -333,9 +333,12 @@ impl Volume {
     }
 
     /// The shipper has finished its task.
+    ///
+    /// # Panics
+    /// If it has none: finished twice, it could be the next one that is called done.
     pub fn finish(&self, outcome: Outcome) {
         let mut control = self.control();
-        control.task = None;
+        assert!(control.task.take().is_some(), "a task is finished once");
         control.outcome = outcome;
         drop(control);
         self.coordinator.ring();

@@ -16,9 +16,13 @@ use world::BLOCK;
 #[test]
 fn nothing_is_lost_and_exact_points_are_exact_whatever_breaks() {
     let (mut exact, mut fuzzy, mut give_ups) = (0, 0, 0);
-    for seed in seeds(150) {
-        let mut rig =
-            Rig::new(seed, 1 + (seed % 3) as usize, 40 + (seed % 200) as usize, seed % 2 == 0);
+    for seed in seeds(60) {
+        let mut rig = Rig::new(
+            seed,
+            1 + (seed % 3) as usize,
+            [60, 900][(seed / 7 % 2) as usize] + (seed % 200) as usize,
+            seed % 2 == 0,
+        );
         {
             let mut state = rig.world.state();
             state.busy = [0, 5, 30, 60][(seed / 2 % 4) as usize];
@@ -45,7 +49,7 @@ fn nothing_is_lost_and_exact_points_are_exact_whatever_breaks() {
         give_ups += rig.give_ups;
     }
     println!("exact {exact}, fuzzy {fuzzy}, given up {give_ups}");
-    assert!(exact > 300 && fuzzy > 20 && give_ups > 20, "the seeds reach all of it");
+    assert!(exact > 300 && fuzzy > 100 && give_ups > 10, "the seeds reach all of it");
 }
 
 #[test]
@@ -94,11 +98,7 @@ fn verify_finds_damage_and_nothing_else() {
         rig.cut();
         rig.targets[1].state().image[7 * BLOCK + 5] ^= 1;
         rig.targets[1].state().damaged = true;
-        rig.world.state().busy = if seed % 2 == 0 { 1 } else { 0 };
-        let found = rig.verify();
-        let marked = rig.targets[1].state().image[7 * BLOCK..8 * BLOCK]
-            == rig.world.state().disks[1].data[7 * BLOCK..8 * BLOCK];
-        assert!(found == [0, BLOCK as u64] || marked, "seed {seed}: {found:?}");
+        assert_eq!(rig.verify(), [0, BLOCK as u64], "seed {seed}");
     }
 }
 

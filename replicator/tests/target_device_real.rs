@@ -1,6 +1,6 @@
 //! Attacks a replica volume on a block device: one that is mounted or held, one too small, one
 //! that changed its place; and shows that a good one is written and zeroed. Needs root and loop
-//! devices: `scripts/test` runs it with `--ignored`.
+//! devices: feature `real`.
 
 mod target_support;
 
@@ -42,7 +42,6 @@ fn open(store: &Path, device: &Path) -> Result<Keeper, OpenError> {
 }
 
 #[test]
-#[ignore = "needs root and loop devices"]
 fn a_device_becomes_the_volume_and_is_held() {
     let dir = tempfile::tempdir().unwrap();
     let device = Loop::new(&dir.path().join("disk"), VOLUME_BYTES + 4096);
@@ -72,7 +71,6 @@ fn a_device_becomes_the_volume_and_is_held() {
 }
 
 #[test]
-#[ignore = "needs root and loop devices"]
 fn a_mounted_or_small_device_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let small = Loop::new(&dir.path().join("small"), VOLUME_BYTES - 4096);
