@@ -72,7 +72,7 @@ pub fn read_in_order(
 ) -> Result<(), StepError> {
     let mut packer = Packer::new(&volume.shape, runs);
     let mut early: BTreeMap<u64, Batch> = BTreeMap::new();
-    let (mut tag, mut due) = (0, 0);
+    let (mut tag, mut due) = (0, 0_u64);
     let result = (|| {
         loop {
             fill(&mut packer, disk, pool, volume, early.len(), &mut tag)?;
@@ -81,9 +81,9 @@ pub fn read_in_order(
             }
             let batch = disk.wait()?;
             early.insert(batch.tag, batch);
-            while let Some(batch) = early.remove(&due) {
+            while early.first_key_value().is_some_and(|(tag, _)| *tag == due) {
                 due += 1;
-                sink(&batch);
+                early.pop_first().iter().for_each(|(_, batch)| sink(batch));
             }
         }
     })();
