@@ -134,5 +134,8 @@ fn innermost(error: Box<dyn Error + Send + Sync>) -> Box<dyn Error + Send + Sync
     while let Some(source) = at.source() {
         at = source;
     }
-    at.to_string().into()
+    let cut_off = at
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::UnexpectedEof);
+    if cut_off { "it closed the connection".into() } else { at.to_string().into() }
 }

@@ -93,11 +93,11 @@ pub fn setup(request: &SetupRequest) -> anyhow::Result<SetupReply> {
 /// Gives the target or the operator of this host a fresh certificate for the same role, without
 /// asking control: for one that ended because nothing was used for too long. Needs the authority's
 /// key, so only root on control's host can. Not from inside an asynchronous runtime.
-pub fn reissue(pki_dir: &Path, db: &Path, name: &str) -> anyhow::Result<()> {
+pub fn reissue(pki_dir: &Path, db: &Path, name: &str, life: Duration) -> anyhow::Result<()> {
     let reissue = async {
         let role = Identity::load(pki_dir, name)?.role;
         let clock = Arc::new(SystemClock);
-        let authority = Authority::load(pki_dir, CERTIFICATE_LIFE_MAX)?;
+        let authority = Authority::load(pki_dir, life)?;
         let deployment = Deployment::new(Store::open(db).await?, authority, clock).await?;
         let mut tx = deployment.store.begin().await?;
         identity(&deployment, &mut tx, pki_dir, name, &role, &[]).await?;

@@ -160,22 +160,30 @@ fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Opti
     if left > (row.ends_s - row.begins_s) / WARN_SHARE {
         return None;
     }
-    let (holder, remedy) = match row.role.parse::<Role>().ok()? {
+    let again = "secondsite setup, as before: it makes the certificate anew";
+    let (holder, remedy, ended) = match row.role.parse::<Role>().ok()? {
         Role::Agent(id) => {
             let name = &servers.iter().find(|server| server.id == id)?.name;
-            (format!("server {name}"), "systemctl status secondsite-replicate, on the server")
+            (
+                format!("server {name}"),
+                "systemctl status secondsite-replicate, on the server",
+                "secondsite token; then on the server: secondsite join, with the same name",
+            )
         }
-        Role::Target(_) => ("the target".to_owned(), "systemctl status secondsite-target"),
+        Role::Target(_) => ("the target".to_owned(), "systemctl status secondsite-target", again),
         Role::Operator(name) => {
-            (format!("operator {name}"), "any command renews it: secondsite status")
+            (format!("operator {name}"), "any command renews it: secondsite status", again)
         }
-        Role::Control => ("control".to_owned(), "systemctl restart secondsite-control"),
+        Role::Control => {
+            let restart = "systemctl restart secondsite-control";
+            ("control".to_owned(), restart, restart)
+        }
     };
     Some(match left > 0 {
         true => format!(
             "the certificate of {holder} ends in {} and was not renewed. Type: {remedy}",
             duration(left as f64)
         ),
-        false => format!("the certificate of {holder} has ended. Type: {remedy}"),
+        false => format!("the certificate of {holder} has ended. Type: {ended}"),
     })
 }

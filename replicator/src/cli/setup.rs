@@ -146,7 +146,8 @@ fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> R
         if identity.not_after() > now {
             continue;
         }
-        reissue(&paths.pki, &daemon::control::database(paths, config), name).map_err(failed)?;
+        let db = daemon::control::database(paths, config);
+        reissue(&paths.pki, &db, name, config.certificate_life).map_err(failed)?;
         renewed.push(name);
     }
     if renewed.is_empty() {

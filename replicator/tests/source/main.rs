@@ -21,15 +21,15 @@ fn nothing_is_lost_and_exact_points_are_exact_whatever_breaks() {
             seed,
             1 + (seed % 3) as usize,
             [60, 900][(seed / 7 % 2) as usize] + (seed % 200) as usize,
-            seed % 2 == 0,
+            seed % 4 != 0,
         );
         {
             let mut state = rig.world.state();
-            state.busy = [0, 5, 30, 60][(seed / 2 % 4) as usize];
+            state.busy = [0, 10, 30, 60][(seed / 3 % 4) as usize];
         }
         for target in &rig.targets {
-            target.state().breaks = [0, 2, 10][(seed % 3) as usize];
-            target.state().forgets = [0, 30][(seed / 3 % 2) as usize];
+            target.state().breaks = [0, 4, 12][(seed % 3) as usize];
+            target.state().forgets = [0, 0, 0, 40][(seed / 5 % 4) as usize];
         }
         for _ in 0..4 {
             rig.run(150);

@@ -16,8 +16,10 @@ use secondsite_tracker::marks::Marks;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Seeds of a test: `SECONDSITE_SEED` runs a single one.
+/// Seeds of a test: `SECONDSITE_SEED` runs a single one, `SECONDSITE_LONG` ten times as many.
 pub fn seeds(count: u64) -> Vec<u64> {
+    let long = std::env::var("SECONDSITE_LONG").is_ok_and(|long| !long.is_empty());
+    let count = if long { 10 * count } else { count };
     match std::env::var("SECONDSITE_SEED") {
         Ok(seed) => vec![seed.parse().expect("a number")],
         Err(_) => (0..count).collect(),
