@@ -76,7 +76,11 @@ async fn root_on_controls_host_is_never_locked_out() {
     let before = site.identity(OPERATOR);
     let (pki_dir, db) = (site.config.pki_dir.clone(), site.config.db.clone());
     // Also while control runs.
-    tokio::task::spawn_blocking(move || reissue(&pki_dir, &db, OPERATOR).unwrap()).await.unwrap();
+    tokio::task::spawn_blocking(move || {
+        reissue(&pki_dir, &db, OPERATOR, CERTIFICATE_LIFE_MAX).unwrap()
+    })
+    .await
+    .unwrap();
     let after = site.identity(OPERATOR);
     assert!(after.role == before.role && after.serial() != before.serial());
     site.operator().status().await.unwrap();
