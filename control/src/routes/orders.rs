@@ -1,7 +1,8 @@
 //! Orders from the command line to agents, and what came of them.
 //!
 //! A cut counts as done when the agent says so *and* a target has listed the point: only then does
-//! `points` show it. Between the two the order is held as running, for a bounded time.
+//! `points` show it, or one after it. Between the two the order is held as running, for a bounded
+//! time.
 
 use super::extract::{Document, Operator, Params};
 use super::{Wait, view};
@@ -15,6 +16,7 @@ use crate::store::servers::VolumeState;
 use crate::store::{audit, orders, servers};
 use axum::Json;
 use axum::extract::{Path, State};
+use jiff::Timestamp;
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -22,6 +24,8 @@ use std::sync::Arc;
 const OPEN_ORDERS_MAX: usize = 64;
 /// So long after the agent's word a point may be missing from the target's list.
 const LISTED_WITHIN_SECONDS: f64 = 30.0;
+/// A target's report that comes so long after the agent's word was made after the commit.
+const REPORT_TRAVEL_SECONDS: f64 = 2.0;
 
 /// `POST /api/v1/servers/NAME/orders`. Recorded, also while the agent is away.
 pub(super) async fn make(
@@ -102,6 +106,17 @@ fn point(row: &OrderRow) -> Result<Option<String>> {
     })
 }
 
+/// Whether the target has listed points of this server well after the agent said that its cut is
+/// committed, at `ended`. A committed point leaves the list only for a later one, so that list
+/// holds the cut's own point or one after it; a kill of either daemon may have come between the
+/// two, and the report that had the point itself was then never made or never kept.
+fn superseded(deployment: &Deployment, server: &str, ended: Timestamp) -> bool {
+    deployment.reports().targets.values().any(|heard| {
+        seconds_since(ended, heard.at) > REPORT_TRAVEL_SECONDS
+            && heard.report.points.iter().any(|point| point.server == server)
+    })
+}
+
 async fn now_state(deployment: &Deployment, name: &str, number: u64) -> Result<OrderState> {
     let mut tx = deployment.store.begin().await?;
     let server = view::server(&mut tx, name).await?;
@@ -117,6 +132,9 @@ async fn now_state(deployment: &Deployment, name: &str, number: u64) -> Result<O
         });
     };
     let Some(point) = point(&row)?.filter(|_| !row.listed) else { return Ok(ended) };
+    if superseded(deployment, &server.id, at) {
+        return Ok(ended);
+    }
     if seconds_since(at, deployment.now()) < LISTED_WITHIN_SECONDS {
         let note = format!("point {point} is committed; the target is about to list it");
         return Ok(OrderState::Running { percent: 100, note });

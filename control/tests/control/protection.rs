@@ -160,6 +160,31 @@ async fn a_point_that_is_never_listed_ends_the_wait() {
 }
 
 #[tokio::test]
+async fn a_point_that_a_later_one_replaced_before_it_was_listed_is_done() {
+    const LATER: &str = "ffffffffffffffffffffffffffffffff";
+    let (site, db1) = joined().await;
+    let operator = site.operator();
+    operator.protect("db1", &protect(&["sda"])).await.unwrap();
+    let assignment = db1.client.agent_poll(0, 0, 0).await.unwrap().assignment.unwrap();
+    let volume = assignment.volumes[0].id.as_str();
+    let number = operator.order("db1", OrderKind::Cut).await.unwrap().number;
+    let mut report = agent_report(&[volume], VolumePhase::Following);
+    let result = OrderResult::Cut { point: POINT.to_owned(), exact: true };
+    let done = OrderState::Done { result };
+    report.orders.insert(number, done.clone());
+    db1.client.agent_report(&report).await.unwrap();
+    let others = target_report(&db1.reply.id, volume, &[(LATER, jiff::Timestamp::now())]);
+    let target = site.target();
+    // At once: perhaps a report that was on its way since before the commit.
+    target.target_report(&others).await.unwrap();
+    let held = operator.order_state("db1", number, 0).await.unwrap();
+    assert!(matches!(held, OrderState::Running { percent: 100, .. }), "{held:?}");
+    site.clock.advance(Duration::from_secs(5));
+    target.target_report(&others).await.unwrap();
+    assert_eq!(operator.order_state("db1", number, 0).await.unwrap(), done);
+}
+
+#[tokio::test]
 async fn an_order_ends_with_the_protection() {
     let (site, _db1) = joined().await;
     let operator = site.operator();
