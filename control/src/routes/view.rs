@@ -166,7 +166,7 @@ fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Opti
             let name = &servers.iter().find(|server| server.id == id)?.name;
             (
                 format!("server {name}"),
-                "systemctl status secondsite-replicate, on the server",
+                "systemctl status secondsite-agent, on the server",
                 "secondsite token; then on the server: secondsite join, with the same name",
             )
         }

@@ -64,6 +64,9 @@ pub enum Command {
     Cut(CutArgs),
     /// Compare a server with its newest recovery point
     Verify(ServerArgs),
+    /// Make what packages ship besides the binary
+    #[command(hide = true)]
+    Generate(GenerateArgs),
 }
 
 /// `setup`.
@@ -202,6 +205,30 @@ pub struct StatusArgs {
     /// Go on until interrupted
     #[arg(long)]
     pub watch: bool,
+}
+
+/// `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Completions for a shell on stdout, or man pages
+    #[arg(value_enum)]
+    pub what: Generated,
+    /// Folder of the man pages
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// What can be generated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Generated {
+    /// Completions.
+    Bash,
+    /// Completions.
+    Zsh,
+    /// Completions.
+    Fish,
+    /// Man pages.
+    Man,
 }
 
 /// A command about one server.

@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod failure;
+mod generate;
 mod join;
 mod operator;
 mod orders;
@@ -79,6 +80,7 @@ fn run(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Points(args) => points::run(context, &args.server),
         Command::Cut(args) => orders::cut(context, &args),
         Command::Verify(args) => orders::verify(context, &args.server),
+        Command::Generate(args) => generate::run(&args),
     }
 }
 

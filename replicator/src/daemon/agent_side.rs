@@ -102,11 +102,6 @@ impl AgentSide {
         self.source
     }
 
-    /// Milliseconds since the data loop last went round.
-    pub fn idle_millis(&self) -> u64 {
-        self.source.as_ref().map_or(0, Source::idle_millis)
-    }
-
     /// One line for init.
     pub fn status(&self) -> String {
         let report = self.current();

@@ -17,7 +17,6 @@ use secondsite_control::pki::{Identity, Role};
 use secondsite_tracker::freeze::Freezer;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Below this lie the pins of all agents, each under its server's id.
 const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
@@ -72,7 +71,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     })?;
     init::serve_until_signal(
         &signals,
-        || Some(Duration::from_millis(side.idle_millis())),
+        || true,
         || format!("{}; {}", side.status(), shared.status()),
     );
     link.stop();

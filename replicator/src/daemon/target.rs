@@ -11,7 +11,6 @@ use crate::target;
 use secondsite_control::api::TargetAssignment;
 use secondsite_control::pki::{Identity, Role};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(paths: &Paths) -> Result<(), Failure> {
@@ -46,7 +45,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     })?;
     init::serve_until_signal(
         &signals,
-        || Some(Duration::from_millis(side.idle_millis())),
+        || true,
         || format!("{}; {}", side.status(), shared.status()),
     );
     link.stop();

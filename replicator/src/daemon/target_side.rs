@@ -31,11 +31,6 @@ impl TargetSide {
         self.target
     }
 
-    /// Milliseconds since the data loop last went round.
-    pub fn idle_millis(&self) -> u64 {
-        self.target.idle_millis()
-    }
-
     /// One line for init.
     pub fn status(&self) -> String {
         let report = self.target.report();

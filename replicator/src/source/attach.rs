@@ -1,6 +1,7 @@
 //! From an assignment to a volume: opens the device, chooses the tracker, and adapts the tracker's
 //! types to the seams. The only module of the source that knows them.
 
+use crate::pulse;
 use crate::source::buffers::Memory;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
@@ -128,11 +129,11 @@ impl Tracker for EbpfTracker {
         }
     }
     fn mounts(&self) -> Vec<PathBuf> {
-        let mounts = self.device.mounts().unwrap_or_default();
+        let mounts = pulse::outside(|| self.device.mounts()).unwrap_or_default();
         mounts.into_iter().filter(|mount| mount.freezable).map(|mount| mount.path).collect()
     }
     fn sync(&self, mount: &Path) -> Result<Duration, String> {
-        sync_file_system(mount).map_err(|error| error.to_string())
+        pulse::outside(|| sync_file_system(mount)).map_err(|error| error.to_string())
     }
     fn writes_in_flight(&self) -> bool {
         self.device.in_flight().map_or(true, |(_, writes)| writes > 0)
@@ -167,9 +168,9 @@ impl Tracker for CompareTracker {
 
 impl Freeze for Freezer {
     fn freeze(&mut self, mounts: &[PathBuf], limit: Duration) -> Result<(), String> {
-        Freezer::freeze(self, mounts, limit).map_err(|error| error.to_string())
+        pulse::outside(|| Freezer::freeze(self, mounts, limit)).map_err(|error| error.to_string())
     }
     fn thaw(&mut self) -> Result<(Duration, bool), String> {
-        Freezer::thaw(self).map_err(|error| error.to_string())
+        pulse::outside(|| Freezer::thaw(self)).map_err(|error| error.to_string())
     }
 }

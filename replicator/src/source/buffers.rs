@@ -4,6 +4,7 @@
 //! owned by exactly one [`Buffer`], which goes home when dropped. Whoever has taken a buffer can
 //! always finish with it without taking another, so waiting for one cannot deadlock.
 
+use crate::pulse;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
@@ -99,7 +100,8 @@ impl Pool {
 
     /// A buffer, waiting for one at most this long.
     pub fn take(&self, patience: Duration) -> Option<Buffer> {
-        self.free.recv_timeout(patience).ok().map(|index| self.buffer(index))
+        let free = pulse::resting(patience, || self.free.recv_timeout(patience));
+        free.ok().map(|index| self.buffer(index))
     }
 }
 

@@ -114,7 +114,7 @@ impl Shipper {
         let mut doubtful = vec![false; theirs.len()];
         let run = [volume.shape.run(offset, bytes)];
         {
-            let mut bench = lock(&volume.bench);
+            let mut bench = volume.bench();
             let disk = bench.disk.as_mut();
             read_in_order(disk, &commons.memory.bulk, &volume, &run, |batch| {
                 for piece in &batch.pieces {
@@ -143,7 +143,7 @@ impl Shipper {
         let size = u64::from(volume.shape.block_bytes);
         let theirs = self.digests(offset, bytes, size)?;
         let run = [volume.shape.run(offset, bytes)];
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         let disk = bench.disk.as_mut();
         read_in_order(disk, &commons.memory.bulk, &volume, &run, |batch| {
             for (bad, len) in &batch.unreadable {

@@ -83,7 +83,7 @@ impl Shipper {
         let skip_zeros = session.reads_zero;
         let generation = session.generation;
         let link = &mut session.link;
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         encode(
             bench.disk.as_mut(),
             &commons.memory.bulk,

@@ -90,7 +90,6 @@ impl Source {
             changed: Arc::from(changed),
             clock: Arc::new(threads::SystemEnv::new()),
             stopping: false.into(),
-            beat_ms: 0.into(),
         });
         let coordinator = Some(runner.clone().coordinate(config.freezer));
         Self { runner, coordinator, volumes: Mutex::default() }
@@ -132,11 +131,6 @@ impl Source {
     /// A renewed certificate.
     pub fn set_identity(&self, identity: Arc<Identity>) {
         lock(&self.runner.place).identity = Some(identity);
-    }
-
-    /// Milliseconds since the data loop last went round: feeds the watchdog.
-    pub fn idle_millis(&self) -> u64 {
-        self.runner.idle_millis()
     }
 
     /// Ends all threads; marking goes on in the kernel.

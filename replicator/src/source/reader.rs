@@ -5,6 +5,7 @@
 //! application: low I/O priority, and one request at a time while others have requests in flight.
 //! A request in flight owns its buffer until its completion was seen, also when dropped.
 
+use crate::pulse;
 use crate::source::buffers::Arena;
 use crate::source::seams::{Batch, Disk, DiskError};
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -219,7 +220,7 @@ impl RingDisk {
     /// A request failed: narrows it down to blocks (true: these were queued), or names the block.
     fn unreadable(&mut self, request: &Request, errno: i32) -> Result<bool, DiskError> {
         // Where the whole device is gone every block fails: that is another story.
-        self.check()?;
+        self.check_now()?;
         if errno == libc::ENODEV || errno == libc::ENXIO {
             return Err(self.gone(std::io::Error::from_raw_os_error(errno).to_string()));
         }
@@ -253,6 +254,34 @@ fn again(error: &std::io::Error) -> bool {
 
 impl Disk for RingDisk {
     fn check(&mut self) -> Result<(), DiskError> {
+        pulse::outside(|| self.check_now())
+    }
+
+    fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
+        pulse::outside(|| self.submit_now(batch))
+    }
+
+    fn wait(&mut self) -> Result<Batch, DiskError> {
+        pulse::outside(|| self.wait_now())
+    }
+
+    fn outstanding(&self) -> usize {
+        self.done.len() + self.slots.iter().filter(|slot| slot.is_some()).count()
+    }
+
+    fn urgent(&mut self, urgent: bool) {
+        self.urgent = urgent;
+        self.depth = DEPTH;
+    }
+
+    fn drain(&mut self) {
+        pulse::outside(|| self.drain_now());
+    }
+}
+
+/// The verbs of [`Disk`], which waits for them outside.
+impl RingDisk {
+    fn check_now(&mut self) -> Result<(), DiskError> {
         let now = Device::open(&self.device.path).map_err(|error| self.gone(error.cause))?;
         let same = |device: &Device| (device.major, device.minor, device.diskseq);
         if same(&now) != same(&self.device) {
@@ -276,7 +305,7 @@ impl Disk for RingDisk {
         Ok(())
     }
 
-    fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
+    fn submit_now(&mut self, batch: Batch) -> Result<(), DiskError> {
         let slot = match self.slots.iter().position(Option::is_none) {
             Some(slot) => slot,
             None => {
@@ -299,7 +328,7 @@ impl Disk for RingDisk {
         self.pump()
     }
 
-    fn wait(&mut self) -> Result<Batch, DiskError> {
+    fn wait_now(&mut self) -> Result<Batch, DiskError> {
         assert!(self.outstanding() > 0, "there is something to wait for");
         loop {
             if let Some(batch) = self.done.pop_front() {
@@ -310,16 +339,7 @@ impl Disk for RingDisk {
         }
     }
 
-    fn outstanding(&self) -> usize {
-        self.done.len() + self.slots.iter().filter(|slot| slot.is_some()).count()
-    }
-
-    fn urgent(&mut self, urgent: bool) {
-        self.urgent = urgent;
-        self.depth = DEPTH;
-    }
-
-    fn drain(&mut self) {
+    fn drain_now(&mut self) {
         self.queue.clear();
         while self.flying.iter().any(Option::is_some) {
             // A completion's own trouble no longer matters, but a ring that cannot be waited on

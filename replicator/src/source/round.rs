@@ -257,7 +257,7 @@ impl Round {
         }
         let share = self.share(tools.memory);
         let attempt = {
-            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             for (volume, bench) in tracked.iter().zip(&mut benches) {
                 set_aside(volume, bench, tools.memory, share);
             }
@@ -359,7 +359,7 @@ impl Round {
         let mut result = Err(Failure::Doubt(Doubt::Busy(0)));
         let mut trouble = None;
         {
-            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             for (volume, bench) in tracked.iter().zip(&mut benches) {
                 set_aside(volume, bench, tools.memory, share);
             }

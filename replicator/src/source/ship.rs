@@ -30,7 +30,7 @@ impl Shipper {
     pub(super) fn pass(&mut self) -> Result<(), StepError> {
         self.begin_ledger();
         let volume = self.volume.clone();
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         bench.disk.check()?;
         bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
@@ -191,7 +191,7 @@ impl Shipper {
     fn encode_last_pass(&mut self) -> Result<(), StepError> {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
         if let Some(verify) = &mut self.verify {
@@ -223,7 +223,7 @@ impl Shipper {
                 "the cut no longer stood when it was to be signed".into(),
             ));
         }
-        let unreadable = lock(&volume.bench).unreadable.clone();
+        let unreadable = volume.bench().unreadable.clone();
         for (offset, bytes) in &unreadable {
             // Before anything is signed, so that no crash after the commit can lose these bits:
             // the epoch lacks them, and the next one tries again.

@@ -166,7 +166,7 @@ impl Shipper {
         if now < due {
             return Ok(due - now);
         }
-        lock(&self.volume.bench).disk.check()?;
+        self.volume.bench().disk.check()?;
         match self.ask(&Request::Ping)? {
             Reply::Alive => Ok(PING_EVERY),
             _ => Err(LinkError::Nonsense("a ping was not answered as such").into()),
@@ -217,7 +217,7 @@ impl Shipper {
         if now < self.dial_at {
             return Ok(self.dial_at - now);
         }
-        lock(&self.volume.bench).disk.check()?;
+        self.volume.bench().disk.check()?;
         let hello = Hello {
             protocol: PROTOCOL,
             server: self.commons.server,
@@ -299,7 +299,7 @@ impl Shipper {
         {
             // These blocks are taken, but the frames that held them never arrived: a later pass
             // takes and reads them again, and a higher pass wins.
-            let _bench = lock(&self.volume.bench);
+            let _bench = self.volume.bench();
             ledger.rewind(next).into_iter().for_each(|run| marks.mark(run));
         }
         if plan.nothing_to_compare {
@@ -373,7 +373,7 @@ impl Shipper {
     pub(super) fn give_up(&mut self, why: &str) {
         tracing::warn!(volume = %self.volume.face.name, why, "epoch given up");
         {
-            let mut bench = lock(&self.volume.bench);
+            let mut bench = self.volume.bench();
             self.volume.marks().give_up();
             bench.held.clear();
             bench.reserved.clear();

@@ -6,6 +6,7 @@
 //! Lock order: `bench`, then `control`, then `status`. Every take from the live bitmap and every
 //! giving up happens under `bench`: a take that overlapped a giving up could lose a bit.
 
+use crate::pulse;
 use crate::source::buffers::Buffer;
 use crate::source::runs::Shape;
 use crate::source::seams::{Batch, Disk, Tracker};
@@ -178,10 +179,8 @@ impl Bell {
     /// Waits for a ring, at most this long.
     pub fn wait(&self, limit: Duration) {
         let rung = lock(&self.rung);
-        let (mut rung, _) = self
-            .changed
-            .wait_timeout_while(rung, limit, |rung| !*rung)
-            .unwrap_or_else(PoisonError::into_inner);
+        let wait = || self.changed.wait_timeout_while(rung, limit, |rung| !*rung);
+        let (mut rung, _) = pulse::resting(limit, wait).unwrap_or_else(PoisonError::into_inner);
         *rung = false;
     }
 }
@@ -248,7 +247,7 @@ pub struct Volume {
     /// The device node, for messages.
     pub path: PathBuf,
     /// Disk and last passes.
-    pub bench: Mutex<Bench>,
+    bench: Mutex<Bench>,
     control: Mutex<Control>,
     /// Rung for the shipper.
     pub bell: Bell,
@@ -300,6 +299,11 @@ impl Volume {
         self.tracker.marks()
     }
 
+    /// Disk and last passes. Who holds it may be reading the disk.
+    pub fn bench(&self) -> MutexGuard<'_, Bench> {
+        pulse::outside(|| lock(&self.bench))
+    }
+
     /// The conversation between coordinator and shipper.
     pub fn control(&self) -> MutexGuard<'_, Control> {
         lock(&self.control)
@@ -307,7 +311,7 @@ impl Volume {
 
     /// Begins a cut, if the volume is ready for one.
     pub fn begin(&self, cut_id: CutId) -> bool {
-        let mut bench = lock(&self.bench);
+        let mut bench = self.bench();
         let mut control = self.control();
         let Some(epoch) = control.ready.take() else { return false };
         // `ready` is set only when the session has settled what became of the cut before, and

@@ -4,6 +4,7 @@
 //! journal, and holds no lock while it waits. A request above the whole budget is granted when
 //! nothing else is held, so that a small budget slows down but never blocks for good.
 
+use crate::pulse;
 use std::sync::{Condvar, Mutex};
 
 /// See the module.
@@ -28,9 +29,9 @@ impl Budget {
     /// Waits for `bytes`.
     pub fn take(&self, bytes: u64) -> Grant<'_> {
         let held = self.held.lock().expect("nothing panics while it holds the budget");
-        let mut held = self
-            .released
-            .wait_while(held, |held| *held > 0 && *held + bytes > self.bytes_max)
+        let room = |held: &mut u64| *held > 0 && *held + bytes > self.bytes_max;
+        // Others hold it until their peers or the disk are done.
+        let mut held = pulse::outside(|| self.released.wait_while(held, room))
             .expect("nothing panics while it holds the budget");
         *held += bytes;
         Grant { budget: self, bytes }

@@ -8,6 +8,7 @@ use super::keeper::{Keeper, VolumeSpec};
 use super::replica;
 use super::session::SessionHandle;
 use super::volume::refuse;
+use crate::pulse;
 use secondsite_control::api::TargetVolumeReport;
 use secondsite_format::ids::VolumeId;
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
@@ -133,9 +134,8 @@ impl Entry {
         self.left.notify_all(); // others that wait see that they are not the newest any more
         while let Some((older, _)) = seats.session.clone() {
             older.end(replaced());
-            let (again, waited) = self
-                .left
-                .wait_timeout(seats, LEAVE_TIMEOUT)
+            let wait = || self.left.wait_timeout(seats, LEAVE_TIMEOUT);
+            let (again, waited) = pulse::resting(LEAVE_TIMEOUT, wait)
                 .expect("nothing panics while it holds the seats");
             seats = again;
             if seats.newest != ours {

@@ -134,11 +134,6 @@ impl Target {
         }
     }
 
-    /// Milliseconds since the data loop last went round: feeds the watchdog.
-    pub fn idle_millis(&self) -> u64 {
-        self.server.idle_millis()
-    }
-
     /// Ends all sessions and threads.
     pub fn stop(self) {
         self.server.stop();

@@ -8,8 +8,9 @@
 use super::site::Site;
 use super::view::READING_BYTES_MAX;
 use super::volume::refuse;
+use crate::pulse;
 use crate::wire::{Connection, WireError};
-use secondsite_format::frame::{Frame, FrameKind};
+use secondsite_format::frame::{Frame, FrameKind, RawHeader};
 use secondsite_format::ids::ServerId;
 use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
 use secondsite_format::manifest::PUBLIC_KEY_BYTES;
@@ -163,7 +164,7 @@ pub fn serve<S: Read + Write>(site: &Site, stream: S, handle: &Arc<SessionHandle
         }
     };
     tracing::warn!("session of server {} ended: {refusal}", peer.server);
-    say_and_drain(connection, handle, &refusal);
+    pulse::outside(|| say_and_drain(connection, handle, &refusal));
 }
 
 fn say_and_drain<S: Read + Write>(
@@ -190,9 +191,11 @@ fn converse<S: Read + Write>(
     handle: &Arc<SessionHandle>,
     peer: &Peer,
 ) -> Result<(), End> {
-    let first = connection.receive_admitted(|raw| match raw.kind() {
-        FrameKind::Hello => Ok(()),
-        found => Err(WireError::Unexpected { found, expected: "hello" }),
+    let first = pulse::outside(|| {
+        connection.receive_admitted(|raw| match raw.kind() {
+            FrameKind::Hello => Ok(()),
+            found => Err(WireError::Unexpected { found, expected: "hello" }),
+        })
     })?;
     let Some((frame, ())) = first else { return Ok(()) };
     let hello = Hello::from_frame(&frame).map_err(WireError::from)?;
@@ -215,10 +218,10 @@ fn converse<S: Read + Write>(
         handle.due_in(None);
         entry.note_refused(None);
         site.changed();
-        connection.send_message(&welcome)?;
+        pulse::outside(|| connection.send_message(&welcome))?;
         let mut copying = false;
         loop {
-            let received = connection.receive_admitted(|raw| {
+            let admit = |raw: &RawHeader| {
                 // Until the frame is done with: its body, and what it unpacks to.
                 let unpacked = match raw.kind() {
                     FrameKind::Data | FrameKind::SyncData => FRAME_PAYLOAD_BYTES_MAX,
@@ -227,7 +230,8 @@ fn converse<S: Read + Write>(
                 let grant = site.budget.take((raw.body_bytes() + unpacked) as u64);
                 handle.due_in(Some(FRAME_TIMEOUT));
                 Ok(grant)
-            })?;
+            };
+            let received = pulse::outside(|| connection.receive_admitted(admit))?;
             handle.due_in(None);
             let Some((frame, grant)) = received else {
                 // Either the peer closed, or this session was told to end.
@@ -242,14 +246,14 @@ fn converse<S: Read + Write>(
                 }
                 FrameKind::Commit => {
                     let reply = seat.keeper.commit(&frame, &peer.key)?;
-                    connection.send_message(&reply)?;
+                    pulse::outside(|| connection.send_message(&reply))?;
                     site.committed(hello.server);
                 }
                 FrameKind::Request => {
                     // Digests ask for memory of their own; who waits must hold none.
                     drop(grant);
                     let reply = answer(site, &seat.keeper, &frame, &mut copying)?;
-                    connection.send_message(&reply)?;
+                    pulse::outside(|| connection.send_message(&reply))?;
                 }
                 found => {
                     let expected = "data, a commit or a request";

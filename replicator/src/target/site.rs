@@ -18,6 +18,7 @@ use super::session::{Peer, SessionHandle};
 use super::space::Space;
 use super::state;
 use super::volume::{Verify, refuse};
+use crate::pulse;
 use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{Epoch, ServerId, VolumeId};
 use secondsite_format::message::{Hello, PROTOCOL, Refusal, RefusalCode};
@@ -243,6 +244,7 @@ impl Site {
 
     /// Does jobs until [`Self::stop`]: the body of a worker thread.
     pub fn work(&self) {
+        let _joined = pulse::join("a promotion worker");
         while let Some(job) = self.jobs.next() {
             // A broken invariant costs the job, not the worker that serves all other volumes.
             if std::panic::catch_unwind(AssertUnwindSafe(|| self.run(job))).is_err() {
@@ -283,7 +285,8 @@ impl Site {
         }
         let spec = entry.spec();
         let below = below_store(server, volume);
-        let opened = Folder::create(&self.config.store, &below, &[journal::FOLDER])
+        let create = || Folder::create(&self.config.store, &below, &[journal::FOLDER]);
+        let opened = pulse::outside(create)
             .map_err(|cause| OpenError::Io { operation: "making its folder", cause })
             .and_then(|folder| {
                 let disk = Arc::new(folder);
