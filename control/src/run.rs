@@ -69,6 +69,7 @@ pub async fn run(
     );
     let store = Store::open(&config.db).await?;
     let deployment = Deployment::new(store, authority, config.clock.clone()).await?;
+    config.observed.serves(Arc::downgrade(&deployment));
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("listen on {}", config.listen))?;

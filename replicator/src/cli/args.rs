@@ -123,6 +123,9 @@ pub struct JoinArgs {
     /// Name of this server [default: its host name]
     #[arg(long, value_parser = server_name)]
     pub name: Option<String>,
+    /// Join only, start nothing
+    #[arg(long)]
+    pub no_start: bool,
     /// Show what would be reported, join nothing
     #[arg(long)]
     pub dry_run: bool,

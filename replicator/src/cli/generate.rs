@@ -100,7 +100,12 @@ fn pages(dir: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-fn write(dir: &Path, title: &str, command: &Command, examples: &[(&str, &str)]) -> Result<(), Failure> {
+fn write(
+    dir: &Path,
+    title: &str,
+    command: &Command,
+    examples: &[(&str, &str)],
+) -> Result<(), Failure> {
     let path = dir.join(format!("{title}.1"));
     let written = page(title, command, examples).and_then(|page| std::fs::write(&path, page));
     written.map_err(|error| Failure::io("write", &path, &error))

@@ -13,6 +13,7 @@ mod orders;
 pub mod output;
 mod points;
 mod protect;
+mod services;
 mod setup;
 mod status;
 mod token;

@@ -4,6 +4,7 @@ use super::init::{self, Signals};
 use super::lock::Lock;
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{ControlConfig, Paths};
+use crate::metrics;
 use crate::pulse;
 use secondsite_control::observed::ROUND;
 use secondsite_control::run::{self, CONTROL};
@@ -52,6 +53,11 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     // The sender is dropped when the server ends without having been ready.
     if let Ok(address) = when_ready.recv() {
         tracing::info!("control listens on {address}, version {}", env!("CARGO_PKG_VERSION"));
+        let (seen_by_metrics, handle) = (Arc::clone(&observed), runtime.handle().clone());
+        metrics::serve(&paths.metrics(CONTROL, config.metrics), move || {
+            let snapshot = handle.block_on(seen_by_metrics.snapshot())?;
+            Ok(metrics::control::render(&seen_by_metrics, &snapshot))
+        });
         let joined = pulse::join("the loop that accepts connections");
         let seen = Cell::new(u64::MAX);
         let goes_on = || {
@@ -72,7 +78,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
 
 /// Control's database.
 pub fn database(paths: &Paths, config: &ControlConfig) -> PathBuf {
-    config.store.as_ref().unwrap_or(&paths.state).join(DATABASE)
+    config.store.clone().unwrap_or_else(|| paths.state.join(CONTROL)).join(DATABASE)
 }
 
 /// Names and addresses of this host in control's certificate; the first is the one that people

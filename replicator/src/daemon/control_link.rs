@@ -112,6 +112,16 @@ impl Shared {
         }
     }
 
+    /// Whether control answered the last question.
+    pub fn control_answers(&self) -> bool {
+        lock(&self.trouble).is_none()
+    }
+
+    /// When our certificate ends.
+    pub fn certificate_ends(&self) -> jiff::Timestamp {
+        self.identity().not_after()
+    }
+
     fn client(&self) -> Arc<Client> {
         Arc::clone(&lock(&self.client))
     }

@@ -7,6 +7,7 @@ use super::state::StateDir;
 use super::target_side::{ASSIGNMENT, TargetSide};
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{Paths, TargetConfig};
+use crate::metrics;
 use crate::target;
 use secondsite_control::api::TargetAssignment;
 use secondsite_control::pki::{Identity, Role};
@@ -29,6 +30,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         .map_err(|error| Failure::new(Exit::Config, format!("{error:#}")))?;
     let changed = Arc::clone(&shared);
     let store = config.store.clone();
+    let sockets = paths.metrics(TargetSide::ROLE, config.metrics);
     let target = target::Target::start(
         data_plane(config, identity),
         assignment,
@@ -43,6 +45,16 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
         Failure::new(Exit::Failed, format!("start of the link to control: {error}"))
     })?;
+    let (observed, link_state) = (Arc::downgrade(&side), Arc::clone(&shared));
+    metrics::serve(&sockets, move || {
+        let side = observed.upgrade().ok_or("the target is stopping")?;
+        let all = metrics::target::Target {
+            target: side.observe(),
+            certificate_ends: link_state.certificate_ends(),
+            control_answers: link_state.control_answers(),
+        };
+        Ok(metrics::target::render(&all))
+    });
     init::serve_until_signal(
         &signals,
         || true,

@@ -3,6 +3,7 @@
 
 use crate::pulse;
 use crate::source::buffers::Memory;
+use crate::source::observation::Freezes;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
 use crate::source::seams::{Freeze, Tracker};
@@ -33,7 +34,8 @@ pub fn attach(
         ));
     }
     let shape = Shape::new(device.size_bytes, assigned.block_bytes, &assigned.excluded);
-    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena)
+    let read_bytes = face.read_bytes.clone();
+    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena, read_bytes)
         .map_err(|error| error.to_string())?;
     let (ebpf, why_not) = choose(assigned, &device, pins)?;
     let compare_only = ebpf.is_none();
@@ -166,11 +168,29 @@ impl Tracker for CompareTracker {
     }
 }
 
-impl Freeze for Freezer {
+/// The freezer, with what came of its freezes.
+pub struct CountedFreezer {
+    /// The child.
+    pub freezer: Freezer,
+    /// For metrics.
+    pub freezes: Freezes,
+}
+
+impl Freeze for CountedFreezer {
     fn freeze(&mut self, mounts: &[PathBuf], limit: Duration) -> Result<(), String> {
-        pulse::outside(|| Freezer::freeze(self, mounts, limit)).map_err(|error| error.to_string())
+        let frozen = pulse::outside(|| self.freezer.freeze(mounts, limit));
+        frozen.map_err(|error| {
+            self.freezes.failed();
+            error.to_string()
+        })
     }
     fn thaw(&mut self) -> Result<(Duration, bool), String> {
-        pulse::outside(|| Freezer::thaw(self)).map_err(|error| error.to_string())
+        let thawed = pulse::outside(|| self.freezer.thaw());
+        // Counted only now: between freeze and thaw nothing is locked.
+        match &thawed {
+            Ok((took, true)) => self.freezes.durations.observe(took.as_secs_f64()),
+            Ok((_, false)) | Err(_) => self.freezes.failed(),
+        }
+        thawed.map_err(|error| error.to_string())
     }
 }

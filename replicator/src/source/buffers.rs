@@ -166,4 +166,15 @@ impl Memory {
         let last = Pool::new(&arena, 0..last_count);
         Ok(Self { arena, bulk, last, last_count })
     }
+
+    /// What all buffers cost, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.arena.count as u64 * BUFFER_COST_BYTES
+    }
+
+    /// What those cost that are not free now.
+    pub fn used_bytes(&self) -> u64 {
+        let free = self.bulk.free.len() + self.last.free.len();
+        self.arena.count.saturating_sub(free) as u64 * BUFFER_COST_BYTES
+    }
 }

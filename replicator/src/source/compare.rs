@@ -10,7 +10,6 @@ use crate::source::seams::LinkError;
 use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
 use crate::source::stream::read_in_order;
-use crate::source::volume::lock;
 use secondsite_format::limits::{BLOCK_BYTES_MIN, DIGESTS_MAX};
 use secondsite_format::message::{Reply, Request};
 use secondsite_tracker::marks::BlockRun;

@@ -8,7 +8,6 @@ use crate::source::seams::LinkError;
 use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
 use crate::source::stream::encode;
-use crate::source::volume::lock;
 use secondsite_control::api::VolumePhase;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::{CutId, Epoch, SyncId};

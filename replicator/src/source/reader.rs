@@ -15,6 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Requests in flight: ordinary, and while the application's own are.
@@ -48,6 +49,8 @@ pub struct RingDisk {
     /// Where the volume starts on what is opened, bytes.
     base: u64,
     block_bytes: usize,
+    /// Counts what was read, for metrics.
+    read_bytes: Arc<AtomicU64>,
     ring: IoUring,
     registered: bool,
     /// Keeps the registered memory mapped for as long as the ring knows it.
@@ -64,7 +67,12 @@ pub struct RingDisk {
 
 impl RingDisk {
     /// Opens the device for reading.
-    pub fn open(device: Device, block_bytes: u32, arena: &Arc<Arena>) -> Result<Self, DiskError> {
+    pub fn open(
+        device: Device,
+        block_bytes: u32,
+        arena: &Arc<Arena>,
+        read_bytes: Arc<AtomicU64>,
+    ) -> Result<Self, DiskError> {
         let path = if device.disk_offset_bytes > 0 { &device.disk.2 } else { &device.path };
         let system = |what, error: std::io::Error| DiskError::System {
             path: path.clone(),
@@ -85,6 +93,7 @@ impl RingDisk {
         }
         Ok(Self {
             base: device.disk_offset_bytes,
+            read_bytes,
             file,
             block_bytes: block_bytes as usize,
             ring,
@@ -182,6 +191,8 @@ impl RingDisk {
     fn completed(&mut self, entry: &cqueue::Entry) -> Result<(), DiskError> {
         let request = self.flying[entry.user_data() as usize].take().expect("it was in flight");
         self.flying_bytes -= request.bytes as u64;
+        let read = entry.result().max(0).cast_unsigned();
+        self.read_bytes.fetch_add(u64::from(read), Ordering::Relaxed);
         let index = request.slot;
         let mut result = Ok(());
         match usize::try_from(entry.result()) {

@@ -9,7 +9,7 @@ use crate::source::runs::{merge, subtract};
 use crate::source::seams::{Batch, LinkError};
 use crate::source::shipper::{Session, Shipper, StepError};
 use crate::source::stream::{encode, encode_batches};
-use crate::source::volume::{Bench, Verdict, lock};
+use crate::source::volume::{Bench, Verdict};
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::Epoch;
 use secondsite_format::limits::UNREADABLE_MAX;
@@ -239,7 +239,11 @@ impl Shipper {
             });
         }
         let exact = unreadable.is_empty() && verdict.consistency != Consistency::Fuzzy;
-        volume.control().exact = exact;
+        {
+            let mut control = volume.control();
+            control.exact = exact;
+            control.signed_ns = Some(verdict.cut_time_ns);
+        }
         let manifest = Manifest {
             server: commons.server,
             volume: volume.id(),

@@ -13,7 +13,7 @@ use crate::source::pipeline::Workers;
 use crate::source::resume::{Known, Next, plan};
 use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
 use crate::source::verify::Verify;
-use crate::source::volume::{Outcome, Task, VerifyState, Volume, lock};
+use crate::source::volume::{Outcome, Task, VerifyState, Volume};
 use secondsite_control::api::VolumePhase;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
 use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
@@ -361,12 +361,24 @@ impl Shipper {
         self.durable = durable;
         self.chain = chain;
         self.ledger = None;
-        {
+        let (signed, exact) = {
             let mut control = self.volume.control();
             control.cut = None;
             control.commits += 1;
-        }
-        self.volume.face.update(|status| status.give_ups = 0);
+            (control.signed_ns.take(), control.exact)
+        };
+        self.volume.face.update(|status| {
+            status.give_ups = 0;
+            // One that an earlier process signed is not ours to describe.
+            let Some(signed_ns) = signed else { return };
+            status.newest_point_ns = signed_ns;
+            if exact {
+                status.points_exact += 1;
+                status.newest_exact_ns = signed_ns;
+            } else {
+                status.points_fuzzy += 1;
+            }
+        });
     }
 
     /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
@@ -383,8 +395,12 @@ impl Shipper {
         control.cut = None;
         control.task = None;
         control.outcome = Outcome::Dropped(why.into());
+        control.signed_ns = None;
         drop(control);
-        self.volume.face.update(|status| status.give_ups += 1);
+        self.volume.face.update(|status| {
+            status.give_ups += 1;
+            status.give_ups_total += 1;
+        });
         self.volume.coordinator.ring();
     }
 

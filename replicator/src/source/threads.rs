@@ -4,7 +4,7 @@
 //! and tried again. Ending leaves the pins; a volume that is no longer assigned takes them along.
 
 use crate::pulse;
-use crate::source::attach::{EbpfTracker, attach, remove_pins};
+use crate::source::attach::{CountedFreezer, EbpfTracker, attach, remove_pins};
 use crate::source::buffers::Memory;
 use crate::source::coordinator::{Coordinator, Protected};
 use crate::source::link::{Hangup, TlsDial, Where};
@@ -15,7 +15,6 @@ use crate::source::shipper::{Commons, REFUSED_EVERY, Shipper};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{AgentAssignment, VolumeAssignment, VolumePhase};
 use secondsite_format::ids::{ServerId, VolumeId};
-use secondsite_tracker::freeze::Freezer;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -97,6 +96,11 @@ impl VolumeThread {
         }
     }
 
+    /// Size of the volume, as assigned.
+    pub fn assigned_bytes(&self) -> u64 {
+        self.assigned.size_bytes
+    }
+
     /// Its handle, to wait for its end.
     pub fn into_handle(self) -> Option<JoinHandle<()>> {
         self.handle
@@ -120,7 +124,7 @@ pub struct Runner {
 
 impl Runner {
     /// Starts the coordinator's thread.
-    pub(super) fn coordinate(self: Arc<Self>, freezer: Freezer) -> JoinHandle<()> {
+    pub(super) fn coordinate(self: Arc<Self>, freezer: CountedFreezer) -> JoinHandle<()> {
         let mut coordinator = Coordinator::new(
             self.clock.clone(),
             self.memory.clone(),

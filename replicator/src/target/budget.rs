@@ -26,6 +26,12 @@ impl Budget {
         Self { bytes_max, held: Mutex::new(0), released: Condvar::new() }
     }
 
+    /// All of it and what is held, bytes.
+    pub fn state(&self) -> (u64, u64) {
+        let held = self.held.lock().expect("nothing panics while it holds the budget");
+        (self.bytes_max, *held)
+    }
+
     /// Waits for `bytes`.
     pub fn take(&self, bytes: u64) -> Grant<'_> {
         let held = self.held.lock().expect("nothing panics while it holds the budget");

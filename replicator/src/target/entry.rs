@@ -13,6 +13,7 @@ use secondsite_control::api::TargetVolumeReport;
 use secondsite_format::ids::VolumeId;
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,19 @@ pub struct Entry {
     refused: Mutex<Option<String>>,
     seats: Mutex<Seats>,
     left: Condvar,
+    /// Counted for metrics.
+    pub(super) counts: Counts,
+}
+
+/// What happened to a volume since the start.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Epochs committed.
+    pub commits: AtomicU64,
+    /// Promotions into the replica volume.
+    pub promotions: AtomicU64,
+    /// Bytes of frames received.
+    pub received_bytes: AtomicU64,
 }
 
 /// A session's right to the volume; given up when dropped.
@@ -65,6 +79,7 @@ impl Entry {
             refused: Mutex::default(),
             seats: Mutex::default(),
             left: Condvar::new(),
+            counts: Counts::default(),
         }
     }
 

@@ -12,6 +12,7 @@ pub mod index;
 mod jobs;
 pub mod journal;
 pub mod keeper;
+mod observation;
 pub mod points;
 pub mod promote;
 pub mod recover;
@@ -23,6 +24,8 @@ pub mod space;
 pub mod state;
 pub mod view;
 pub mod volume;
+
+pub use observation::{Observation, VolumeObservation};
 
 use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
@@ -124,6 +127,16 @@ impl Target {
     /// What is there.
     pub fn report(&self) -> TargetReport {
         self.site.report()
+    }
+
+    /// How many volumes there are, have an agent, cannot go on here. Asks no disk.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        self.site.counts()
+    }
+
+    /// What metrics show.
+    pub fn observe(&self) -> Observation {
+        self.site.observe(self.server.handshake_failures())
     }
 
     /// A renewed certificate, for new sessions.

@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -50,6 +51,7 @@ pub struct Server {
     connections: Mutex<Connections>,
     threads: Mutex<usize>,
     thread_ended: Condvar,
+    handshake_failures: AtomicU64,
 }
 
 impl Server {
@@ -61,12 +63,18 @@ impl Server {
             connections: Mutex::default(),
             threads: Mutex::default(),
             thread_ended: Condvar::new(),
+            handshake_failures: AtomicU64::new(0),
         })
     }
 
     /// Settings for new connections.
     pub fn set_tls(&self, tls: Arc<ServerConfig>) {
         *self.tls.write().expect("nothing panics while it holds the settings") = tls;
+    }
+
+    /// Connections that showed no certificate of an agent of this deployment.
+    pub fn handshake_failures(&self) -> u64 {
+        self.handshake_failures.load(Ordering::Relaxed)
     }
 
     /// Starts a thread that [`Self::stop`] waits for.
@@ -148,7 +156,10 @@ impl Server {
         let _joined = pulse::join("a session");
         match pulse::outside(|| self.handshake(socket)) {
             Ok((stream, peer)) => session::serve(&self.site, stream, handle, &peer),
-            Err(error) => tracing::warn!("handshake with {address:?} failed: {error:#}"),
+            Err(error) => {
+                self.handshake_failures.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!("handshake with {address:?} failed: {error:#}");
+            }
         }
     }
 

@@ -164,6 +164,7 @@ pub fn serve<S: Read + Write>(site: &Site, stream: S, handle: &Arc<SessionHandle
         }
     };
     tracing::warn!("session of server {} ended: {refusal}", peer.server);
+    site.refusals.count(refusal.code);
     pulse::outside(|| say_and_drain(connection, handle, &refusal));
 }
 
@@ -237,6 +238,7 @@ fn converse<S: Read + Write>(
                 // Either the peer closed, or this session was told to end.
                 return handle.ended().map_or(Ok(()), |told| Err(told.into()));
             };
+            entry.counts.received_bytes.fetch_add(frame.total_bytes(), Ordering::Relaxed);
             match frame.header.kind {
                 FrameKind::Data => seat.keeper.data(&frame)?,
                 FrameKind::SyncData if copying => seat.keeper.copy_data(&frame)?,
@@ -247,6 +249,7 @@ fn converse<S: Read + Write>(
                 FrameKind::Commit => {
                     let reply = seat.keeper.commit(&frame, &peer.key)?;
                     pulse::outside(|| connection.send_message(&reply))?;
+                    entry.counts.commits.fetch_add(1, Ordering::Relaxed);
                     site.committed(hello.server);
                 }
                 FrameKind::Request => {
