@@ -162,7 +162,8 @@ fn init_takes_the_units_and_finds_them_closed() {
         let text = std::fs::read_to_string(root().join("packaging/systemd").join(&name)).unwrap();
         let binary = env!("CARGO_BIN_EXE_secondsite");
         let path = dir.path().join(&name);
-        std::fs::write(&path, text.replace("@PREFIX@/bin/secondsite", binary)).unwrap();
+        let text = text.replace("@PREFIX@/bin/secondsite", binary).replace("@PREFIX@", "/usr");
+        std::fs::write(&path, text).unwrap();
         let path = path.to_str().unwrap();
         let verified = said(&run("systemd-analyze", &["verify", "--man=no", path]));
         // It also reads the units of this host; only what it says of ours counts.

@@ -4,7 +4,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use secondsite_tests::block::SlowDevice;
-use secondsite_tests::lab::{Daemon, Lab, Side};
+use secondsite_tests::lab::{Daemon, Lab, SERVER, Side};
 use secondsite_tests::threads::{Held, named, system_call};
 use secondsite_tests::wait_until;
 use std::collections::{BTreeMap, BTreeSet};
@@ -200,7 +200,7 @@ fn init_is_told_the_truth_and_metrics_are_as_documented() {
     lab.stop(Daemon::Control);
     let control = Init::start(&mut lab, Daemon::Control);
     let target = Init::start(&mut lab, Daemon::Target);
-    lab.try_join(&lab.token(), secondsite_tests::lab::SERVER).ok();
+    lab.try_join(&lab.token(), SERVER).ok();
     let agent = Init::start(&mut lab, Daemon::Replicate);
     lab.protect(slow.device.path(), &["--rpo", "3s"]).ok();
     lab.wait_for_epoch_after(1, LIMIT);
@@ -224,21 +224,23 @@ fn init_is_told_the_truth_and_metrics_are_as_documented() {
     }
     println!("{} metrics as documented", exposed.len());
 
-    // What is outside may take its time.
+    // What is outside may take its time. A verify reads the disk and asks the target.
     let agent_pid = lab.pid(Daemon::Replicate);
-    {
-        let _still = Stopped::new(slow.medium());
-        // io_uring_enter, or opening the device.
-        wait_for_call(agent_pid, &[libc::SYS_io_uring_enter, libc::SYS_openat]);
-        agent.is_fed("the agent, its disk standing still");
-        get(&socket(Daemon::Replicate));
-    }
-    {
-        let _still = Stopped::new(lab.pid(Daemon::Target));
-        wait_for_call(agent_pid, &[libc::SYS_recvfrom, libc::SYS_read]);
-        agent.is_fed("the agent, its target standing still");
-        get(&socket(Daemon::Replicate));
-    }
+    let outside = |still: Pid, calls: &[i64], what: &str| {
+        std::thread::scope(|scope| {
+            let still = Stopped::new(still);
+            let verify = scope.spawn(|| lab.cli(Side::Site, &["verify", SERVER]));
+            wait_for_call(agent_pid, calls);
+            agent.is_fed(what);
+            get(&socket(Daemon::Replicate));
+            drop(still);
+            verify.join().unwrap().ok();
+        });
+    };
+    let reads = [libc::SYS_io_uring_enter, libc::SYS_openat];
+    outside(slow.medium(), &reads, "the agent, its disk standing still");
+    let listens = [libc::SYS_recvfrom, libc::SYS_read];
+    outside(lab.pid(Daemon::Target), &listens, "the agent, its target standing still");
     {
         let _still = Stopped::new(agent_pid);
         std::thread::scope(|scope| {
