@@ -4,6 +4,7 @@
 //! target's, after an fsync; the source only proposes it, when everything below was sent.
 
 use crate::source::compare::Compare;
+use crate::source::pipeline::Purpose;
 use crate::source::seams::LinkError;
 use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
@@ -80,7 +81,7 @@ impl Shipper {
         }
         let upto = (from + FLUSH_EVERY_BYTES).min(total);
         let runs = volume.shape.copied(from, upto - from);
-        let skip_zeros = session.reads_zero;
+        let purpose = Purpose::FirstCopy { skip_zeros: session.reads_zero };
         let generation = session.generation;
         let link = &mut session.link;
         let mut bench = lock(&volume.bench);
@@ -90,7 +91,7 @@ impl Shipper {
             &commons.workers,
             &volume,
             &runs,
-            skip_zeros,
+            purpose,
             |encoded| {
                 for (offset, bytes) in &encoded.unreadable {
                     // Left out here, tried again as part of epoch 1.

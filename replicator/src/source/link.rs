@@ -23,6 +23,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
 /// How long a send may stand still.
 const SEND_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last message of a session may take to be handed to the kernel.
+const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 /// How long sent bytes may stay unacknowledged, milliseconds.
 const USER_TIMEOUT_MS: u32 = 30_000;
 /// When the kernel asks whether a silent peer lives, and how often, seconds.
@@ -177,6 +179,16 @@ impl TlsLink {
             }
         }
         error.into()
+    }
+}
+
+impl Drop for TlsLink {
+    /// Says goodbye, so that the target can tell an end from a broken line; nobody waits for it.
+    fn drop(&mut self) {
+        let stream = self.connection.stream_mut();
+        let _ = stream.sock.set_write_timeout(Some(GOODBYE_LIMIT));
+        stream.conn.send_close_notify();
+        let _ = stream.conn.write_tls(&mut stream.sock);
     }
 }
 

@@ -129,9 +129,11 @@ impl Source {
         }
     }
 
-    /// A renewed certificate.
+    /// A renewed certificate. Sessions begin anew with it: the target takes an epoch only from the
+    /// key of its own session.
     pub fn set_identity(&self, identity: Arc<Identity>) {
         lock(&self.runner.place).identity = Some(identity);
+        lock(&self.volumes).values().for_each(VolumeThread::redial);
     }
 
     /// Milliseconds since the data loop last went round: feeds the watchdog.

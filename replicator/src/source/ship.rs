@@ -5,6 +5,7 @@
 //! what it had taken and not recorded.
 
 use crate::source::ledger::Ledger;
+use crate::source::pipeline::Purpose;
 use crate::source::runs::{merge, subtract};
 use crate::source::seams::{Batch, LinkError};
 use crate::source::shipper::{Session, Shipper, StepError};
@@ -65,7 +66,7 @@ impl Shipper {
             &commons.workers,
             &volume,
             runs,
-            false,
+            Purpose::Epoch,
             |encoded| {
                 let (session, ledger) = self.parts()?;
                 if let Some((body, digest)) = encoded.body {

@@ -96,6 +96,11 @@ impl VolumeThread {
         }
     }
 
+    /// Ends its session; it dials again.
+    pub fn redial(&self) {
+        self.ending.hangup.redial();
+    }
+
     /// Its handle, to wait for its end.
     pub fn into_handle(self) -> Option<JoinHandle<()>> {
         self.handle
@@ -170,7 +175,7 @@ impl Runner {
             let still = volumes.iter().find(|volume| volume.id == *id);
             if still == Some(&thread.assigned) {
                 if moved {
-                    thread.ending.hangup.redial();
+                    thread.redial();
                 }
                 return true;
             }
