@@ -4,7 +4,7 @@
 use crate::source::buffers::Memory;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
-use crate::source::seams::{Freeze, Tracker};
+use crate::source::seams::{DiskError, Freeze, Tracker};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{TrackerChoice, VolumeAssignment};
 use secondsite_tracker::device::Device;
@@ -25,11 +25,9 @@ pub fn attach(
 ) -> Result<(Volume, Option<Arc<EbpfTracker>>), String> {
     let path = PathBuf::from(&assigned.path);
     let device = Device::open(&path).map_err(|error| error.to_string())?;
-    if device.size_bytes != assigned.size_bytes {
-        return Err(format!(
-            "{} has {} bytes, it was protected with {}: restore its size, or unprotect and protect it again",
-            assigned.path, device.size_bytes, assigned.size_bytes
-        ));
+    // One that has grown since it was protected is followed as it is now.
+    if device.size_bytes < assigned.size_bytes {
+        return Err(shrunk(&device, assigned.size_bytes));
     }
     let shape = Shape::new(device.size_bytes, assigned.block_bytes, &assigned.excluded);
     let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena)
@@ -56,6 +54,11 @@ pub fn attach(
     Ok((volume, ebpf))
 }
 
+fn shrunk(device: &Device, before: u64) -> String {
+    let (path, now) = (device.path.clone(), device.size_bytes);
+    DiskError::Shrunk { path, before, now }.to_string()
+}
+
 /// The tracker, and why it is no better one.
 fn choose(
     assigned: &VolumeAssignment,
@@ -69,7 +72,10 @@ fn choose(
     match Ebpf::supported() {
         Ok(()) => {
             let (ebpf, start) = Ebpf::attach(device, assigned.block_bytes, pins)
-                .map_err(|error| error.to_string())?;
+                .map_err(|error| match error.shrunk_from {
+                    Some(before) => shrunk(device, before),
+                    None => error.to_string(),
+                })?;
             tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
