@@ -126,8 +126,9 @@ fn a_crash_at_every_operation_leaves_the_old_size_or_the_new_one() {
     let mut acknowledged = None;
     live(&disk, &mut acknowledged).unwrap();
     assert_eq!(acknowledged, Some(4));
+    let operations = disk.operations();
     check(&disk, acknowledged, "without a crash");
-    for at in 0..disk.operations() {
+    for at in 0..operations {
         let disk = MemoryDisk::default();
         disk.crash_at(at);
         let mut acknowledged = None;
