@@ -150,13 +150,14 @@ impl Ebpf {
         pinned: pins::Pinned,
     ) -> Result<Self, EbpfError> {
         let (disk, volume) = (device.disk_sysfs(), device.sysfs());
-        let kernel =
-            kernel::Counters::open(&disk, &volume, &pinned.programs).map_err(|cause| EbpfError {
+        let kernel = kernel::Counters::open(&disk, &volume, &pinned.programs).map_err(|cause| {
+            EbpfError {
                 device: device.path.clone(),
                 what: "open the kernel's counters",
                 cause: cause.to_string(),
                 shrunk_from: None,
-            })?;
+            }
+        })?;
         Ok(Self {
             device: device.clone(),
             marks: Arc::new(Marks::open(plan.blocks(), pinned.memory)),

@@ -263,7 +263,9 @@ impl Disk for RingDisk {
         match now.size_bytes.cmp(&before) {
             Ordering::Equal => {}
             Ordering::Less => return Err(DiskError::Shrunk { path, before, now: now.size_bytes }),
-            Ordering::Greater => return Err(DiskError::Grown { path, before, now: now.size_bytes }),
+            Ordering::Greater => {
+                return Err(DiskError::Grown { path, before, now: now.size_bytes });
+            }
         }
         // The file that is read, too: its node may be a new one for the same number.
         let mut bytes = 0;

@@ -499,6 +499,10 @@ impl Shipper {
             }
             StepError::Disk(error) => {
                 self.hang_up(now);
+                if matches!(error, DiskError::Shrunk { .. }) {
+                    // Before anything else: what comes back with the size was written by nobody.
+                    self.volume.marks().set_compare_due(true);
+                }
                 if self.volume.control().cut.is_some() {
                     self.give_up("the volume is opened anew");
                 }
