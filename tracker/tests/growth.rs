@@ -250,6 +250,15 @@ fn killed_after(seed: u64, steps: u64) -> bool {
     assert_eq!(due.difference(&got).next(), None, "{when}: lost");
     assert_eq!(got.difference(&due).next(), None, "{when}: sent for nothing");
     assert!(marks.live_is_clear());
+
+    // What is written from now on is marked up to the new end.
+    kernel.written.borrow_mut().clear();
+    (0..40).for_each(|_| kernel.moment());
+    kernel.end_all();
+    for block in kernel.written.borrow().iter() {
+        assert!(marks.holds(BlockRun { first: *block, count: 1 }), "{when}: {block}");
+    }
+    assert_eq!(marks.live_count(), kernel.written.borrow().len() as u64, "{when}");
     killed
 }
 
