@@ -356,7 +356,7 @@ fn strangers_are_refused_with_their_reason() {
         (|hello| hello.server = ServerId([1; 16]), RefusalCode::NotAllowed),
         (|hello| hello.volume = VolumeId([1; 16]), RefusalCode::NotAllowed),
         (|hello| hello.protocol += 1, RefusalCode::Protocol),
-        (|hello| hello.volume_bytes += 4096, RefusalCode::Mismatch),
+        (|hello| hello.volume_bytes -= 4096, RefusalCode::Mismatch),
         (|hello| hello.block_bytes *= 2, RefusalCode::Mismatch),
         (|hello| hello.machine[31] ^= 1, RefusalCode::OtherMachine),
     ];

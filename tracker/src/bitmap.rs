@@ -187,6 +187,16 @@ impl<W: Word> Bitmaps<W> {
         }
     }
 
+    /// Sets every bit that is live in `old`, which is no larger and which nobody marks any more.
+    pub fn absorb(&self, old: &Self) {
+        for (index, word) in old.live[..leaf_words(old.blocks)].iter().enumerate() {
+            let word = word.load(Acquire);
+            if word != 0 {
+                self.mark_word(index, word);
+            }
+        }
+    }
+
     /// Whether no leaf of the live bitmap is set. Repairs the summary of one that is, so that the
     /// next take finds it.
     pub fn live_is_clear(&self) -> bool {

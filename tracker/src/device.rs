@@ -108,6 +108,11 @@ impl Device {
         (self.major, self.minor) != (self.disk.0, self.disk.1)
     }
 
+    /// Its own folder in sysfs.
+    pub(crate) fn sysfs(&self) -> PathBuf {
+        sysfs_of(self.major, self.minor)
+    }
+
     /// The folder of its whole disk in sysfs.
     pub(crate) fn disk_sysfs(&self) -> PathBuf {
         sysfs_of(self.disk.0, self.disk.1)

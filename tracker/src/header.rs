@@ -12,9 +12,11 @@
 //! | 16 | 1 if source and target must be compared, else 0 |
 //! | 24 | selector of the cut slots |
 //! | 32 | selector of the audit slots; 0 while there is no baseline |
-//! | 40 | zero, 24 bytes |
+//! | 40 | sectors up to which the programs mark |
+//! | 48 | extent: twice the sectors of the volume, plus the number (0 or 1) of the set of bitmaps that counts |
+//! | 56 | the extent that the volume is growing to (see [`crate::grow`]); 0 if it is not |
 //! | 64, 128 | cut slots 0 and 1: epoch, cut id (16 bytes), state (0 none, 1 stands, 2 given up, 3 committed), acknowledged epoch, its cut id (16 bytes), zero (8 bytes) |
-//! | 192 | identity: device major in the upper and minor in the lower half, the same of its disk, diskseq, size in bytes, boot id (16 bytes), block size (u32) and flags (u32; 1: marks at completion), start on the disk in bytes |
+//! | 192 | identity: device major in the upper and minor in the lower half, the same of its disk, diskseq, zero (8 bytes), boot id (16 bytes), block size (u32) and flags (u32; 1: marks at completion), start on the disk in bytes |
 //! | 256, 384 | audit slots 0 and 1: the baseline, 16 words (see `ebpf::audit`) |
 
 use crate::sync::Word;
@@ -23,7 +25,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 /// Words of the header.
 pub(crate) const HEADER_WORDS: usize = 64;
 /// Version of the layout and of the programs that mark: another one is never adopted.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const MAGIC: u64 = u64::from_le_bytes(*b"SSMARK\0\0") | VERSION << 48;
 
 const AT_MAGIC: usize = 0;
@@ -31,6 +33,10 @@ const AT_BLOCKS: usize = 1;
 const AT_COMPARE_DUE: usize = 2;
 const CUT: Slots<8> = Slots { selector: 3, first: 8 };
 const AUDIT: Slots<AUDIT_WORDS> = Slots { selector: 4, first: 32 };
+/// Read by the programs: `H_SECTORS` there.
+const AT_BOUND: usize = 5;
+const AT_EXTENT: usize = 6;
+const AT_GROWING: usize = 7;
 const AT_IDENTITY: usize = 24;
 
 /// Words of the device's identity.
@@ -60,6 +66,31 @@ pub(crate) struct CutSlot {
     pub acknowledged: (u64, [u8; 16]),
 }
 
+/// How far a volume goes, and which set of bitmaps is for that.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Sectors of 512 bytes.
+    pub sectors: u64,
+    /// 0 or 1.
+    pub set: usize,
+}
+
+impl Extent {
+    /// Blocks of so many sectors.
+    pub fn blocks(self, block_bytes: u32) -> u64 {
+        (self.sectors << 9).div_ceil(u64::from(block_bytes))
+    }
+
+    fn word(self) -> u64 {
+        self.sectors << 1 | self.set as u64
+    }
+
+    fn of(word: u64) -> Self {
+        Self { sectors: word >> 1, set: (word & 1) as usize }
+    }
+}
+
 /// A view of the header's words.
 pub(crate) struct Header<'a, W>(&'a [W]);
 
@@ -79,12 +110,34 @@ impl<'a, W: Word> Header<'a, W> {
         self.0[AT_MAGIC].store(if whole { MAGIC } else { 0 }, Release);
     }
 
-    pub fn blocks(&self) -> u64 {
-        self.0[AT_BLOCKS].load(Relaxed)
-    }
-
     pub fn set_blocks(&self, blocks: u64) {
         self.0[AT_BLOCKS].store(blocks, Relaxed);
+    }
+
+    /// The programs mark up to here.
+    pub fn set_bound(&self, sectors: u64) {
+        self.0[AT_BOUND].store(sectors, Release);
+    }
+
+    /// What counts.
+    pub fn extent(&self) -> Extent {
+        Extent::of(self.0[AT_EXTENT].load(Acquire))
+    }
+
+    pub fn set_extent(&self, extent: Extent) {
+        self.0[AT_EXTENT].store(extent.word(), Release);
+    }
+
+    /// What will count, while the volume grows.
+    pub fn growing(&self) -> Option<Extent> {
+        match self.0[AT_GROWING].load(Acquire) {
+            0 => None,
+            word => Some(Extent::of(word)),
+        }
+    }
+
+    pub fn set_growing(&self, to: Option<Extent>) {
+        self.0[AT_GROWING].store(to.map_or(0, Extent::word), Release);
     }
 
     pub fn compare_due(&self) -> bool {

@@ -212,6 +212,10 @@ impl<W: Word> Marks<W> {
         }
     }
 
+    pub(crate) fn bitmaps(&self) -> &Bitmaps<W> {
+        &self.bitmaps
+    }
+
     pub(crate) fn header(&self) -> Header<'_, W> {
         Header::new(&self.header)
     }

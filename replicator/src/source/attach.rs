@@ -4,7 +4,7 @@
 use crate::source::buffers::Memory;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
-use crate::source::seams::{Freeze, Tracker};
+use crate::source::seams::{DiskError, Freeze, Tracker};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{TrackerChoice, VolumeAssignment};
 use secondsite_tracker::device::Device;
@@ -25,16 +25,15 @@ pub fn attach(
 ) -> Result<(Volume, Option<Arc<EbpfTracker>>), String> {
     let path = PathBuf::from(&assigned.path);
     let device = Device::open(&path).map_err(|error| error.to_string())?;
-    if device.size_bytes != assigned.size_bytes {
-        return Err(format!(
-            "{} has {} bytes, it was protected with {}: restore its size, or unprotect and protect it again",
-            assigned.path, device.size_bytes, assigned.size_bytes
-        ));
-    }
     let shape = Shape::new(device.size_bytes, assigned.block_bytes, &assigned.excluded);
     let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena)
         .map_err(|error| error.to_string())?;
     let (ebpf, why_not) = choose(assigned, &device, pins)?;
+    // One that has grown since it was protected is followed as it is now. After the tracker, which
+    // notes a compare with its marks when it finds the device smaller than they are.
+    if device.size_bytes < assigned.size_bytes {
+        return Err(shrunk(&device, assigned.size_bytes));
+    }
     let compare_only = ebpf.is_none();
     let tracker: Arc<dyn Tracker> = match &ebpf {
         Some(ebpf) => ebpf.clone(),
@@ -56,6 +55,11 @@ pub fn attach(
     Ok((volume, ebpf))
 }
 
+fn shrunk(device: &Device, before: u64) -> String {
+    let (path, now) = (device.path.clone(), device.size_bytes);
+    DiskError::Shrunk { path, before, now }.to_string()
+}
+
 /// The tracker, and why it is no better one.
 fn choose(
     assigned: &VolumeAssignment,
@@ -68,8 +72,13 @@ fn choose(
     }
     match Ebpf::supported() {
         Ok(()) => {
-            let (ebpf, start) = Ebpf::attach(device, assigned.block_bytes, pins)
-                .map_err(|error| error.to_string())?;
+            let (ebpf, start) =
+                Ebpf::attach(device, assigned.block_bytes, pins).map_err(|error| {
+                    match error.shrunk_from {
+                        Some(before) => shrunk(device, before),
+                        None => error.to_string(),
+                    }
+                })?;
             tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();

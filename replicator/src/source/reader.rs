@@ -9,6 +9,7 @@ use crate::source::buffers::Arena;
 use crate::source::seams::{Batch, Disk, DiskError};
 use io_uring::{IoUring, cqueue, opcode, types};
 use secondsite_tracker::device::Device;
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -258,12 +259,13 @@ impl Disk for RingDisk {
         if same(&now) != same(&self.device) {
             return Err(self.gone("another disk has taken its place"));
         }
-        if now.size_bytes != self.device.size_bytes {
-            return Err(DiskError::Resized {
-                path: self.device.path.clone(),
-                found: now.size_bytes,
-                expected: self.device.size_bytes,
-            });
+        let (path, before) = (self.device.path.clone(), self.device.size_bytes);
+        match now.size_bytes.cmp(&before) {
+            Ordering::Equal => {}
+            Ordering::Less => return Err(DiskError::Shrunk { path, before, now: now.size_bytes }),
+            Ordering::Greater => {
+                return Err(DiskError::Grown { path, before, now: now.size_bytes });
+            }
         }
         // The file that is read, too: its node may be a new one for the same number.
         let mut bytes = 0;

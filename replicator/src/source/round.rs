@@ -137,8 +137,8 @@ impl Round {
     }
 
     /// Its members.
-    pub fn ids(&self) -> impl Iterator<Item = VolumeId> + '_ {
-        self.members.iter().map(|volume| volume.id())
+    pub fn members(&self) -> &[Arc<Volume>] {
+        &self.members
     }
 
     /// Goes on without a volume that is no longer protected.
@@ -297,9 +297,9 @@ impl Round {
                 self.members.retain(|volume| volume.id() != tracked[i].id());
                 false
             }
-            Failure::Disk(i) => {
+            Failure::Doubt(Doubt::Resized(i)) | Failure::Disk(i) => {
                 // The shipper looks at the disk itself before it goes on, and says what is wrong.
-                tracked[i].give(Task::GiveUp("the volume cannot be read"));
+                tracked[i].give(Task::GiveUp("the volume cannot be read, or has another size"));
                 self.members.retain(|volume| volume.id() != tracked[i].id());
                 false
             }
@@ -471,6 +471,10 @@ enum Failure {
 }
 
 fn attempt(volumes: &[Arc<Volume>], benches: &mut [MutexGuard<'_, Bench>]) -> Result<(), Failure> {
+    // One that is being closed may be opened anew any moment: its marks are no longer ours to take.
+    if let Some(i) = volumes.iter().position(|volume| volume.stopping()) {
+        return Err(Failure::Disk(i));
+    }
     for (i, (volume, bench)) in volumes.iter().zip(benches.iter_mut()).enumerate() {
         last_pass(volume, bench).map_err(|_| Failure::Disk(i))?;
     }

@@ -97,6 +97,7 @@ pub struct Shipper {
     /// The doubt was counted in the report.
     counted: bool,
     lost_disk: bool,
+    grown: bool,
 }
 
 impl Shipper {
@@ -120,6 +121,7 @@ impl Shipper {
             doubt: String::new(),
             counted: false,
             lost_disk: false,
+            grown: false,
             commons,
         }
     }
@@ -136,6 +138,11 @@ impl Shipper {
     /// The volume cannot be read any more: it must be opened anew.
     pub fn lost_disk(&self) -> bool {
         self.lost_disk
+    }
+
+    /// It must be opened anew because it has grown: at once.
+    pub fn grown(&self) -> bool {
+        self.grown
     }
 
     fn work(&mut self) -> Result<Duration, StepError> {
@@ -480,6 +487,8 @@ impl Shipper {
                 let cut_id = self.volume.control().cut;
                 self.give_up(&why);
                 let dropped = cut_id.map_or(Ok(()), |cut_id| self.drop_staged(cut_id));
+                // What was given up may have been so because of the disk.
+                let dropped = dropped.and_then(|()| Ok(lock(&self.volume.bench).disk.check()?));
                 return match dropped {
                     Ok(()) => {
                         self.followed();
@@ -490,10 +499,20 @@ impl Shipper {
             }
             StepError::Disk(error) => {
                 self.hang_up(now);
-                if self.volume.control().cut.is_some() {
-                    self.give_up("the volume cannot be read");
+                if matches!(error, DiskError::Shrunk { .. }) {
+                    // Before anything else: what comes back with the size was written by nobody.
+                    self.volume.marks().set_compare_due(true);
                 }
-                self.stopped(error.to_string(), now);
+                if self.volume.control().cut.is_some() {
+                    self.give_up("the volume is opened anew");
+                }
+                self.grown = matches!(error, DiskError::Grown { .. });
+                if self.grown {
+                    tracing::info!(volume = %self.volume.face.name, %error, "opened anew");
+                    self.away(error.to_string(), now);
+                } else {
+                    self.stopped(error.to_string(), now);
+                }
                 self.lost_disk = true;
             }
             StepError::Link(LinkError::Refused(refusal)) => {

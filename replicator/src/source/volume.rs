@@ -309,6 +309,9 @@ impl Volume {
     pub fn begin(&self, cut_id: CutId) -> bool {
         let mut bench = lock(&self.bench);
         let mut control = self.control();
+        if self.stopping() {
+            return false;
+        }
         let Some(epoch) = control.ready.take() else { return false };
         // `ready` is set only when the session has settled what became of the cut before, and
         // when that one neither stands nor holds a taken bit.
@@ -361,6 +364,14 @@ impl Volume {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.bell.ring();
+    }
+
+    /// After the shipper has ended: from now on nobody takes from these marks or begins a cut on
+    /// them, so that the volume may be opened anew. Both happen under the bench, and look at `stop`
+    /// there.
+    pub fn close(&self) {
+        self.stop();
+        drop(lock(&self.bench));
     }
 
     /// Whether the shipper is to end. Acquire pairs with the release in [`Self::stop`]; nothing

@@ -223,7 +223,6 @@ impl DiskFile for PlainFile {
 /// A block device, held exclusively.
 pub struct Device {
     file: File,
-    bytes: u64,
 }
 
 /// `BLKGETSIZE64`: `_IOR(0x12, 114, size_t)`, gives bytes.
@@ -240,12 +239,7 @@ impl Device {
         if !file.metadata()?.file_type().is_block_device() {
             return Err(io::Error::new(ErrorKind::InvalidInput, "not a block device"));
         }
-        let mut bytes = 0u64;
-        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
-        if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { file, bytes })
+        Ok(Self { file })
     }
 }
 
@@ -284,7 +278,12 @@ impl DiskFile for Device {
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        Ok(self.bytes)
+        let mut bytes = 0u64;
+        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(bytes)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {

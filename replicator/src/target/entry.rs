@@ -98,11 +98,11 @@ impl Entry {
         }
     }
 
-    /// Size and block size that are stored.
+    /// Size of the newest durable state, and block size.
     pub fn size(&self) -> Option<(u64, u32)> {
         let keeper = self.keeper()?;
         let volume = keeper.volume();
-        Some((volume.record().volume_bytes, volume.record().block_bytes))
+        Some((volume.durable_bytes(), volume.record().block_bytes))
     }
 
     /// The last refusal, or none if a session was welcomed since.

@@ -14,6 +14,7 @@ use super::volume::{CommitStep, DataStep, Verify, Volume};
 use secondsite_format::FormatError;
 use secondsite_format::extent::Content;
 use secondsite_format::frame::{self, Frame, FrameKind, HEADER_BYTES, RawHeader};
+use secondsite_format::limits;
 use secondsite_format::manifest::SignedManifest;
 use std::io;
 use std::sync::Arc;
@@ -175,8 +176,8 @@ impl Scan<'_> {
         let stop = |why: String| Ok(Err(why));
         match frame.header.kind {
             FrameKind::Data => {
-                let content = match Content::decode(&frame.body, self.volume.record().volume_bytes)
-                {
+                // How large the volume is says the commit behind it, which is checked against it.
+                let content = match Content::decode(&frame.body, limits::VOLUME_BYTES_MAX) {
                     Ok(content) => content,
                     Err(error) => return Ok(Err(error.to_string())),
                 };

@@ -210,6 +210,7 @@ fn converse<S: Read + Write>(
     };
     let mut conversation = || -> Result<(), End> {
         let seat = site.seat(&entry, handle, &hello, peer)?;
+        seat.keeper.name_bytes(hello.volume_bytes)?;
         let welcome = seat.keeper.welcome()?;
         handle.greeted.store(true, Ordering::Relaxed);
         handle.due_in(None);

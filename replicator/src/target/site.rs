@@ -17,7 +17,7 @@ use super::promote::promote;
 use super::session::{Peer, SessionHandle};
 use super::space::Space;
 use super::state;
-use super::volume::{Verify, refuse};
+use super::volume::{Verify, refuse, shrunk};
 use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{Epoch, ServerId, VolumeId};
 use secondsite_format::message::{Hello, PROTOCOL, Refusal, RefusalCode};
@@ -202,13 +202,16 @@ impl Site {
             volume.ok_or_else(|| not_allowed("this volume of the server is not protected here"))?;
         let stored = self.entries().get(&(certified, hello.volume)).and_then(|e| e.size());
         let (bytes, block_bytes) = stored.unwrap_or((volume.size_bytes, volume.block_bytes));
-        if (hello.volume_bytes, hello.block_bytes) != (bytes, block_bytes) {
+        if hello.block_bytes != block_bytes {
             let message = format!(
-                "volume {} has {} bytes in blocks of {}, the target has {bytes} in blocks of \
-                 {block_bytes}: unprotect it and protect it again",
-                volume.name, hello.volume_bytes, hello.block_bytes
+                "volume {} has blocks of {} bytes, the target has blocks of {block_bytes}: \
+                 unprotect it and protect it again",
+                volume.name, hello.block_bytes
             );
             return Err(refuse(RefusalCode::Mismatch, message));
+        }
+        if hello.volume_bytes < bytes {
+            return Err(shrunk(bytes, hello.volume_bytes));
         }
         Ok(())
     }
