@@ -8,7 +8,8 @@ pub mod bitmap;
 pub mod device;
 pub mod ebpf;
 pub mod freeze;
-mod header;
+#[doc(hidden)]
+pub mod header;
 pub mod marks;
 #[doc(hidden)]
 pub mod sync;

@@ -1,13 +1,14 @@
 //! Loads, pins, finds again and removes the programs and maps of one volume.
 //!
 //! The header's first word is written when all is pinned and attached, and zeroed before the first
-//! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away.
+//! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away. Pins
+//! of a newer version are neither adopted nor removed.
 
-use super::Options;
+use super::{NewerPins, Options};
 use super::mapping::Mapping;
 use crate::bitmap::{leaf_words, summary_words};
 use crate::device::Device;
-use crate::header::{HEADER_WORDS, Header, IDENTITY_WORDS};
+use crate::header::{self, HEADER_WORDS, Header, IDENTITY_WORDS};
 use crate::marks::MarksMemory;
 use aya::maps::MapData;
 use aya::programs::BtfTracePoint;
@@ -17,6 +18,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Acquire;
 
 /// Copies of each program, as in the BPF source.
 pub(super) const COPIES: usize = 2;
@@ -137,7 +139,8 @@ pub(super) fn open(plan: &Plan, dir: &Path) -> Result<Pinned, String> {
     };
     let words = map("header")?;
     let header = Header::new(&words);
-    if !header.is_whole() || header.blocks() != plan.blocks || header.identity() != plan.identity {
+    let whole = header.is_whole() && header.is_sound();
+    if !whole || header.blocks() != plan.blocks || header.identity() != plan.identity {
         return Err("what is pinned is not whole, or belongs to another device".into());
     }
     let mut programs = Vec::new();
@@ -190,10 +193,21 @@ pub(super) fn create(plan: &Plan, dir: &Path) -> Result<(), String> {
     set_whole(dir, true).map_err(|cause| cause.to_string())
 }
 
+/// What a newer Secondsite pinned here. Of its header only the first word is looked at.
+pub(super) fn newer(dir: &Path) -> Option<NewerPins> {
+    let map = MapData::from_pin(dir.join("header")).ok()?;
+    let words = Mapping::new(map.fd().as_fd(), 1).ok()?;
+    let found = header::newer(words[0].load(Acquire))?;
+    Some(NewerPins { dir: dir.to_path_buf(), found, known: header::VERSION })
+}
+
 /// Removes a set, whole or not. The programs are detached when their links go.
 pub(super) fn remove(dir: &Path) -> io::Result<()> {
     if !dir.exists() {
         return Ok(());
+    }
+    if let Some(newer) = newer(dir) {
+        return Err(io::Error::other(newer));
     }
     // Fails only if there is no header, and without one nothing can be adopted.
     let _ = set_whole(dir, false);
