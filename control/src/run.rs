@@ -6,6 +6,7 @@ use crate::deployment::Deployment;
 use crate::pki::{self, Identity, Role};
 use crate::store::{Store, access};
 use crate::{routes, server};
+pub use crate::store::NewerStore;
 use anyhow::{Context, ensure};
 use std::future::Future;
 use std::net::SocketAddr;

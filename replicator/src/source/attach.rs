@@ -70,7 +70,8 @@ fn choose(
         Ok(()) => {
             let (ebpf, start) = Ebpf::attach(device, assigned.block_bytes, pins)
                 .map_err(|error| error.to_string())?;
-            tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
+            tracing::info!(volume = assigned.id, name = assigned.name,
+                device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
             Ok((
