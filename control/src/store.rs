@@ -10,9 +10,9 @@ pub(crate) mod servers;
 pub(crate) mod targets;
 
 use jiff::Timestamp;
+use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions};
 use sqlx::sqlite::{SqliteConnection, SqliteSynchronous};
-use sqlx::migrate::Migrator;
 use sqlx::{Connection, Sqlite, Transaction};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;

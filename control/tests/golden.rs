@@ -198,11 +198,8 @@ fn what_a_new_machine_and_control_say() {
 #[test]
 fn what_operators_and_control_say() {
     document("token-request", &TokenRequest { role: "agent".into(), ttl_seconds: 3600 });
-    let token = TokenReply {
-        token: "ss1_00".into(),
-        fingerprint: "SHA256:00".into(),
-        ttl_seconds: 3600,
-    };
+    let token =
+        TokenReply { token: "ss1_00".into(), fingerprint: "SHA256:00".into(), ttl_seconds: 3600 };
     document("token-reply", &token);
     let volume = VolumeStatus {
         name: "sda".into(),
@@ -248,12 +245,8 @@ fn what_operators_and_control_say() {
         reason: "why".into(),
     };
     document("points", &Points { schema_version: SCHEMA_VERSION, points: vec![point] });
-    let entry = ServerEntry {
-        id: id("a"),
-        name: "db1".into(),
-        revoked: false,
-        inventory: vec![device()],
-    };
+    let entry =
+        ServerEntry { id: id("a"), name: "db1".into(), revoked: false, inventory: vec![device()] };
     document("servers", &Servers { schema_version: SCHEMA_VERSION, servers: vec![entry] });
     document("order-reply", &OrderReply { number: 3 });
     document("order-states", &order_states().to_vec());

@@ -1,8 +1,8 @@
 //! The second site as real processes: setup, control, token, join, status. No root, loopback only.
 
 use serde_json::Value;
-use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::Connection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
@@ -206,7 +206,9 @@ fn from_setup_to_a_joined_server() {
 fn log_of(site: &Site, format: &str) -> String {
     let file = site.config("log");
     let daemon = Daemon::start_with(&site.config("dr"), "control", |command| {
-        command.env("SECONDSITE_LOG_FORMAT", format).env("SECONDSITE_LOG", "info,secondsite_control=debug");
+        command
+            .env("SECONDSITE_LOG_FORMAT", format)
+            .env("SECONDSITE_LOG", "info,secondsite_control=debug");
         command.env("JOURNAL_STREAM", "1:1").stderr(std::fs::File::create(&file).unwrap());
     });
     site.ends("dr", &["status"], 0);

@@ -150,9 +150,23 @@ fn newer_pins_are_left_alone() {
     header(&pins.0).set(0, newer, 0).unwrap();
     let before = pinned(&pins.0);
     let expected = [
-        "counters", "header", "link_bio0", "link_bio1", "link_queue0", "link_queue1",
-        "link_request0", "link_request1", "live", "prog_bio0", "prog_bio1", "prog_queue0",
-        "prog_queue1", "prog_request0", "prog_request1", "summary", "taken",
+        "counters",
+        "header",
+        "link_bio0",
+        "link_bio1",
+        "link_queue0",
+        "link_queue1",
+        "link_request0",
+        "link_request1",
+        "live",
+        "prog_bio0",
+        "prog_bio1",
+        "prog_queue0",
+        "prog_queue1",
+        "prog_request0",
+        "prog_request1",
+        "summary",
+        "taken",
     ];
     assert_eq!(before.0, expected, "the names of the pins are part of their layout");
 

@@ -71,7 +71,13 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct LogArgs {
     /// Form of the log; SECONDSITE_LOG chooses what is logged
-    #[arg(long, value_name = "FORMAT", env = "SECONDSITE_LOG_FORMAT", value_enum, default_value = "auto")]
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "SECONDSITE_LOG_FORMAT",
+        value_enum,
+        default_value = "auto"
+    )]
     pub log_format: LogFormat,
 }
 

@@ -81,9 +81,8 @@ pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
 /// is looked at.
 pub fn decode<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Failure> {
     let damaged = |why: &dyn std::fmt::Display| {
-        Failure::new(Exit::DataDiffers, format!("{} is damaged: {why}", path.display())).hint(
-            format!("move {} away; what it held comes again from control", path.display()),
-        )
+        Failure::new(Exit::DataDiffers, format!("{} is damaged: {why}", path.display()))
+            .hint(format!("move {} away; what it held comes again from control", path.display()))
     };
     let mut document: serde_json::Value =
         serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;

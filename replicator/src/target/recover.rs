@@ -91,7 +91,12 @@ pub fn recover(
         }
         Some(cause) => {
             if let Some(epoch) = scan.commit_behind(&segments)? {
-                return Err(RecoverError::Damaged { name, offset, cause: cause.to_string(), epoch });
+                return Err(RecoverError::Damaged {
+                    name,
+                    offset,
+                    cause: cause.to_string(),
+                    epoch,
+                });
             }
         }
         None => {}

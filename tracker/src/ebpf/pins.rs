@@ -4,8 +4,8 @@
 //! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away. Pins
 //! of a newer version are neither adopted nor removed.
 
-use super::{NewerPins, Options};
 use super::mapping::Mapping;
+use super::{NewerPins, Options};
 use crate::bitmap::{leaf_words, summary_words};
 use crate::device::Device;
 use crate::header::{self, HEADER_WORDS, Header, IDENTITY_WORDS};
