@@ -4,6 +4,7 @@ use crate::ca::Authority;
 use crate::clock::{Clock, SystemClock};
 use crate::deployment::Deployment;
 use crate::pki::{self, Identity, Role};
+pub use crate::store::NewerStore;
 use crate::store::{Store, access};
 use crate::{routes, server};
 use anyhow::{Context, ensure};

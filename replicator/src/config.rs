@@ -17,7 +17,7 @@ use crate::cli::units::{parse_bytes, parse_seconds};
 use document::{Schema, gather};
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Space of the store that is never used, unless `reserve` says otherwise, bytes.
@@ -93,6 +93,15 @@ impl ControlConfig {
     /// Reads `control.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
         let (main, parts) = gather::<ControlPart>(paths)?;
+        Self::of(&main, parts)
+    }
+
+    /// What the text of `control.toml` alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(file, vec![document::own(file, text)?])
+    }
+
+    fn of(main: &Path, parts: Vec<ControlPart>) -> Result<Self, ConfigError> {
         let mut all = ControlPart::default();
         for part in parts {
             all = ControlPart {
@@ -104,9 +113,9 @@ impl ControlConfig {
         let life =
             all.certificate_life.map_or(CERTIFICATE_LIFE_MAX, |Seconds(s)| Duration::from_secs(s));
         if life.is_zero() || life > CERTIFICATE_LIFE_MAX {
-            return Err(ConfigError::value(&main, "certificate_life", "more than 0, at most 30d"));
+            return Err(ConfigError::value(main, "certificate_life", "more than 0, at most 30d"));
         }
-        let listen = all.listen.ok_or_else(|| ConfigError::missing(&main, "listen"))?;
+        let listen = all.listen.ok_or_else(|| ConfigError::missing(main, "listen"))?;
         Ok(Self { listen, store: all.store, certificate_life: life })
     }
 }
@@ -115,6 +124,15 @@ impl TargetConfig {
     /// Reads `target.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
         let (main, parts) = gather::<TargetPart>(paths)?;
+        Self::of(&main, parts)
+    }
+
+    /// What the text of `target.toml` alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(file, vec![document::own(file, text)?])
+    }
+
+    fn of(main: &Path, parts: Vec<TargetPart>) -> Result<Self, ConfigError> {
         let mut all = TargetPart::default();
         for part in parts {
             let mut device = all.device;
@@ -128,10 +146,10 @@ impl TargetConfig {
                 device,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| ConfigError::missing(main, key);
         let memory_bytes = all.memory.map_or(TARGET_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(ConfigError::value(main, "memory", "at least 16MiB"));
         }
         Ok(Self {
             store: all.store.ok_or_else(|| missing("store"))?,
@@ -148,6 +166,15 @@ impl AgentConfig {
     /// Reads `agent.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
         let (main, parts) = gather::<AgentPart>(paths)?;
+        Self::of(&main, parts)
+    }
+
+    /// What the text of `agent.toml` alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(file, vec![document::own(file, text)?])
+    }
+
+    fn of(main: &Path, parts: Vec<AgentPart>) -> Result<Self, ConfigError> {
         let mut all = AgentPart::default();
         for part in parts {
             let mut allow = all.allow;
@@ -160,14 +187,14 @@ impl AgentConfig {
                 allow,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| ConfigError::missing(main, key);
         let memory_bytes = all.memory.map_or(AGENT_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(ConfigError::value(main, "memory", "at least 16MiB"));
         }
         let workers = all.workers.unwrap_or(WORKERS);
         if !(1..=WORKERS_MAX).contains(&workers) {
-            return Err(ConfigError::value(&main, "workers", "1 to 64"));
+            return Err(ConfigError::value(main, "workers", "1 to 64"));
         }
         Ok(Self {
             control: all.control.ok_or_else(|| missing("control"))?,

@@ -56,7 +56,8 @@ pub fn allows(allow: &[PathBuf], device: &Path) -> bool {
 }
 
 /// What is asked of the host besides `lsblk`.
-trait Facts {
+#[doc(hidden)]
+pub trait Facts {
     /// Whether the device could be a volume; else why not, and which to choose instead.
     fn volume(&self, path: &Path) -> Result<(), String>;
     /// Whether eBPF runs here; else why not.
@@ -143,7 +144,9 @@ impl Node {
     }
 }
 
-fn read(json: &[u8], facts: &dyn Facts) -> Result<Vec<InventoryDevice>, InventoryError> {
+/// Reads what `lsblk` printed.
+#[doc(hidden)]
+pub fn read(json: &[u8], facts: &dyn Facts) -> Result<Vec<InventoryDevice>, InventoryError> {
     let json: &[u8] = if json.trim_ascii().is_empty() { b"{\"blockdevices\":[]}" } else { json };
     let document: Document = serde_json::from_slice(json)?;
     let mut list = List { facts, seen: HashSet::new(), devices: Vec::new() };

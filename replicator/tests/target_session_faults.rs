@@ -11,7 +11,7 @@ use secondsite_control::api::{TargetAssignment, TargetServer, TargetVolume};
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES};
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId, VolumeId};
 use secondsite_format::message::{
-    CopyState, Hello, PROTOCOL, Refusal, RefusalCode, Reply, Request, Welcome,
+    CopyState, Hello, Message, PROTOCOL, Refusal, RefusalCode, Reply, Request, Welcome,
 };
 use std::io::Write;
 use std::net::Shutdown;
@@ -372,6 +372,33 @@ fn strangers_are_refused_with_their_reason() {
     assert!(alarm.contains("another machine") && alarm.contains("db1"), "{alarm}");
     unharmed(&site, chain);
     assert_eq!(site.report().volumes[0].refused, None);
+}
+
+/// A greeting of another protocol may have any form behind its number.
+#[test]
+fn a_newer_peer_is_told_both_versions() {
+    let (_store, site, chain) = protected();
+    let hello = hello().to_frame();
+    let told = |frame: &[u8]| {
+        let mut client = Client::connect(&site);
+        std::io::Write::write_all(&mut client.connection.stream(), frame).unwrap();
+        let refusal = client.refused();
+        client.close();
+        assert_eq!(refusal.code, RefusalCode::Protocol, "{refusal}");
+        refusal.message
+    };
+    let mut body = hello.body.clone();
+    body[0] = 2;
+    body.extend([7; 40]);
+    let longer = Frame::new(hello.header, body);
+    let bytes = [longer.header_bytes().as_slice(), &longer.body].concat();
+    let message = told(&bytes);
+    assert!(message.contains("protocol 2") && message.contains("this target 1"), "{message}");
+    let mut bytes = [hello.header_bytes().as_slice(), &hello.body].concat();
+    bytes[4] = 2;
+    let message = told(&bytes);
+    assert!(message.contains("frame version 2") && message.contains("up to 1"), "{message}");
+    unharmed(&site, chain);
 }
 
 #[test]

@@ -7,6 +7,7 @@
 
 pub mod block;
 pub mod daemon;
+pub mod decoders;
 pub mod lab;
 pub mod load;
 pub mod network;

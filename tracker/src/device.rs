@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 mod mounts;
 
 pub use mounts::Mount;
+#[doc(hidden)]
+pub use mounts::{Line as MountLine, parse as parse_mount_line};
 
 /// Unit of sizes and starts in sysfs, whatever the device's block size.
 const SECTOR_BYTES: u64 = 512;

@@ -3,7 +3,8 @@
 //! The programs and their maps are pinned: they go on marking when this process is dead, until
 //! [`Ebpf::detach`] or a reboot. One process a volume at a time (the caller sees to that). A pinned
 //! set is adopted only if its header says that it was once whole and belongs to this very device;
-//! anything else is removed, attached anew, and a compare is due. Any doubt is a gap.
+//! anything else is removed, attached anew, and a compare is due, except what a newer version
+//! pinned: that stays, and the volume is refused. Any doubt is a gap.
 
 mod audit;
 mod kernel;
@@ -31,6 +32,22 @@ pub struct EbpfError {
     /// The device is smaller than it was: its bytes before. What is pinned stays, and a compare is
     /// due if the device gets its size back.
     pub shrunk_from: Option<u64>,
+}
+
+/// Pins that a newer Secondsite made. They go on marking and are left as they are.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{} was pinned by a newer Secondsite (version {found}, this one reads up to {known}); it was \
+     left as it is. Install the newer one again, or, to begin anew with this one and a compare, \
+     type: rm -r {}", dir.display(), dir.display()
+)]
+pub struct NewerPins {
+    /// The folder of the pins.
+    pub dir: PathBuf,
+    /// Their version.
+    pub found: u16,
+    /// The newest version known here.
+    pub known: u16,
 }
 
 /// Result of comparing what the programs saw with what the kernel counted.
@@ -115,6 +132,9 @@ impl Ebpf {
         let plan = pins::Plan::new(device, block_bytes, options)
             .map_err(|cause| fails("see how its writes complete", cause))?;
         pins::ensure_bpffs(pin_dir).map_err(|cause| fails("mount the BPF file system", cause))?;
+        if let Some(newer) = pins::newer(pin_dir) {
+            return Err(fails("adopt its marks", newer.to_string()));
+        }
         match pins::open(&plan, pin_dir) {
             Ok(pinned) => {
                 let adopted = Self::over(device, &plan, pin_dir, pinned)?;
@@ -187,7 +207,7 @@ impl Ebpf {
         pins::remove(&self.pin_dir).map_err(fails)
     }
 
-    /// Removes pins of a volume whose device may be gone.
+    /// Removes pins of a volume whose device may be gone; [`NewerPins`] stay, and are the error.
     pub fn remove_pins(pin_dir: &Path) -> std::io::Result<()> {
         pins::remove(pin_dir)
     }

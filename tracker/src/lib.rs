@@ -11,7 +11,8 @@ pub mod ebpf;
 pub mod freeze;
 #[doc(hidden)]
 pub mod grow;
-mod header;
+#[doc(hidden)]
+pub mod header;
 pub mod marks;
 #[doc(hidden)]
 pub mod sync;

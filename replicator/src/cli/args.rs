@@ -2,6 +2,7 @@
 
 use super::units::{parse_bytes, parse_seconds};
 use crate::config::DEFAULT_CONFIG_DIR;
+use crate::daemon::log::LogFormat;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use secondsite_control::api::TrackerChoice;
 use secondsite_format::limits::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN};
@@ -43,11 +44,11 @@ pub enum Command {
     /// Make this host the second site: authority, control, target, store
     Setup(SetupArgs),
     /// Run the control server in the foreground
-    Control,
+    Control(LogArgs),
     /// Run the target in the foreground
-    Target,
+    Target(LogArgs),
     /// Run the agent in the foreground
-    Replicate,
+    Replicate(LogArgs),
     /// Make a one-time token for a machine that is to join
     Token(TokenArgs),
     /// Make this server known to control; nothing is replicated yet
@@ -64,6 +65,20 @@ pub enum Command {
     Cut(CutArgs),
     /// Compare a server with its newest recovery point
     Verify(ServerArgs),
+}
+
+/// Options of the daemons.
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    /// Form of the log; SECONDSITE_LOG chooses what is logged
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "SECONDSITE_LOG_FORMAT",
+        value_enum,
+        default_value = "auto"
+    )]
+    pub log_format: LogFormat,
 }
 
 /// `setup`.

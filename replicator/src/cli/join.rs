@@ -38,6 +38,14 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     }
     may_join(context, &token)?;
     let state = StateDir::open(&paths.state, AGENT)?;
+    // What a newer version wrote is not thrown away. Anything else that is wrong is replaced.
+    for document in [ENROLMENT, ASSIGNMENT, ORDERS] {
+        if let Err(failure) = state.read::<serde_json::Value>(document)
+            && failure.exit == Exit::Config
+        {
+            return Err(failure);
+        }
+    }
     let machine = machine::hex(&machine::digest());
     let mut enrolment = Enrolment { machine: machine.clone(), offered: Vec::new() };
     enrolment.offer(&devices);

@@ -68,9 +68,9 @@ pub fn main() -> ExitCode {
 fn run(context: &Context, command: Command) -> Result<(), Failure> {
     match command {
         Command::Setup(args) => setup::run(context, &args),
-        Command::Control => daemon::control::run(&context.paths),
-        Command::Target => daemon::target::run(&context.paths),
-        Command::Replicate => daemon::replicate::run(&context.paths),
+        Command::Control(log) => daemon::control::run(&context.paths, log.log_format),
+        Command::Target(log) => daemon::target::run(&context.paths, log.log_format),
+        Command::Replicate(log) => daemon::replicate::run(&context.paths, log.log_format),
         Command::Token(args) => token::run(context, &args),
         Command::Join(args) => join::run(context, &args),
         Command::Protect(args) => protect::protect(context, &args),

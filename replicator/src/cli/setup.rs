@@ -138,6 +138,9 @@ fn is_configured(paths: &Paths) -> Result<bool, Failure> {
 /// anew: nobody else could do that.
 fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> Result<(), Failure> {
     let paths = &context.paths;
+    if let Some(newer) = daemon::control::newer(error) {
+        return Err(newer);
+    }
     let failed = |error: anyhow::Error| Failure::new(Exit::Failed, format!("setup: {error:#}"));
     let mut renewed = Vec::new();
     for name in [OPERATOR, TARGET] {

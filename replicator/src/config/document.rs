@@ -83,10 +83,7 @@ pub(super) trait Schema: DeserializeOwned {
 /// What the role's own file says, then every drop-in. Also the name of the own file.
 pub(super) fn gather<S: Schema>(paths: &Paths) -> Result<(PathBuf, Vec<S>), ConfigError> {
     let main = paths.file(S::ROLE);
-    let mut parts = Vec::new();
-    let text = read(&main)?;
-    let table = parse(&main, &text)?;
-    parts.push(convert::<S>(&main, &text, table.into_inner())?);
+    let mut parts = vec![own(&main, &read(&main)?)?];
     for file in drop_ins(&paths.config.join("conf.d"))? {
         let text = read(&file)?;
         for (key, value) in parse(&file, &text)?.into_inner() {
@@ -105,6 +102,11 @@ pub(super) fn gather<S: Schema>(paths: &Paths) -> Result<(PathBuf, Vec<S>), Conf
         }
     }
     Ok((main, parts))
+}
+
+/// What a role's own file says.
+pub(super) fn own<S: Schema>(file: &Path, text: &str) -> Result<S, ConfigError> {
+    convert(file, text, parse(file, text)?.into_inner())
 }
 
 fn convert<S: Schema>(file: &Path, text: &str, table: DeTable<'_>) -> Result<S, ConfigError> {

@@ -153,7 +153,8 @@ impl AgentSide {
         assignment.volumes.retain(|volume| match refusal(volume, &inner.enrolment, &self.allow) {
             None => true,
             Some(why) => {
-                tracing::error!("{}: {why}", volume.path);
+                let (id, name, path) = (&volume.id, &volume.name, &volume.path);
+                tracing::error!(volume = id, name, path, "{why}");
                 inner.refused.push(refused_volume(volume, why));
                 false
             }
@@ -176,11 +177,8 @@ impl Side for AgentSide {
         };
         let poll = client.agent_poll(version, seen, POLL_SECONDS).await?;
         if let Some(assignment) = poll.assignment {
-            tracing::info!(
-                "assignment {}: {} volumes",
-                assignment.version,
-                assignment.volumes.len()
-            );
+            let (version, volumes) = (assignment.version, assignment.volumes.len());
+            tracing::info!(version, volumes, "new assignment");
             self.state.write(ASSIGNMENT, &assignment)?;
             self.follow(assignment);
         }
@@ -188,7 +186,7 @@ impl Side for AgentSide {
             let new = lock(&self.inner).orders.receive(order);
             // Where nothing runs, orders wait at control.
             if let (Some(order), Some(source)) = (new, &self.source) {
-                tracing::info!("order {}: {:?}", order.number, order.what);
+                tracing::info!(order = order.number, what = ?order.what, "new order");
                 source.order(order);
             }
         }

@@ -79,7 +79,8 @@ fn choose(
                         None => error.to_string(),
                     }
                 })?;
-            tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
+            tracing::info!(volume = assigned.id, name = assigned.name,
+                device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
             Ok((

@@ -9,8 +9,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, StreamOwned};
 use secondsite_control::pki::{self, Identity, Role};
+use secondsite_format::FormatError;
 use secondsite_format::frame::{Frame, FrameKind};
-use secondsite_format::message::{Hello, Message, PROTOCOL, Reply, Welcome};
+use secondsite_format::message::{Hello, Message, Reply, Welcome};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -104,13 +105,16 @@ impl Dial for TlsDial {
         let tls = handshake(stream, &identity).map_err(|error| named(&error))?;
         let mut link = TlsLink { connection: Connection::new(tls) };
         link.connection.send_message(hello)?;
-        let welcome: Welcome = link.connection.receive_message("welcome")?;
-        if welcome.protocol != PROTOCOL {
-            return Err(LinkError::Lost(format!(
-                "{target} speaks version {} of the protocol, this agent version {PROTOCOL}: upgrade the older side",
-                welcome.protocol
-            )));
-        }
+        let welcome: Welcome =
+            link.connection.receive_message("welcome").map_err(|error| match error {
+                WireError::Format(FormatError::Protocol { found, known }) => {
+                    LinkError::Lost(format!(
+                        "{target} speaks protocol {found}, this agent {known}: upgrade the older \
+                         side"
+                    ))
+                }
+                error => error.into(),
+            })?;
         Ok((Box::new(link), welcome))
     }
 }

@@ -263,7 +263,7 @@ impl Shipper {
             volume_bytes: self.volume.shape.volume_bytes,
         };
         let plan = plan(&known, welcome);
-        tracing::debug!(volume = %self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
+        tracing::debug!(volume = %self.volume.face.id, name = self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
         if plan.committed {
             self.committed(welcome.durable, welcome.chain);
             let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
@@ -378,7 +378,9 @@ impl Shipper {
 
     /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
     pub(super) fn give_up(&mut self, why: &str) {
-        tracing::warn!(volume = %self.volume.face.name, why, "epoch given up");
+        let (face, cut) = (&self.volume.face, self.volume.marks().cut());
+        tracing::warn!(volume = %face.id, name = face.name, epoch = cut.epoch,
+            cut = %CutId(cut.cut_id), why, "epoch given up");
         {
             let mut bench = lock(&self.volume.bench);
             self.volume.marks().give_up();
@@ -406,7 +408,8 @@ impl Shipper {
     /// after this.
     pub(super) fn rebase(&self) {
         if let Err(error) = self.volume.tracker.rebase() {
-            tracing::warn!(volume = %self.volume.face.name, error, "audit cannot start anew");
+            let face = &self.volume.face;
+            tracing::warn!(volume = %face.id, name = face.name, error, "audit cannot start anew");
         }
     }
 

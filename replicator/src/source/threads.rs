@@ -302,6 +302,10 @@ impl Thread {
                     tracker = ebpf;
                 }
                 Err(reason) => {
+                    if self.face.status().reason != reason {
+                        let (volume, name) = (&self.assigned.id, &self.assigned.name);
+                        tracing::error!(volume, name, "stopped: {reason}");
+                    }
                     self.face.phase(VolumePhase::Stopped, reason);
                     self.ending.bell.wait(REOPEN_EVERY);
                 }

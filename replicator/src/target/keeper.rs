@@ -127,8 +127,12 @@ impl Keeper {
              restart the target",
             path.display()
         );
-        tracing::error!("{message}");
-        self.volume().stop(message.clone());
+        let (server, volume) = {
+            let mut held = self.volume();
+            held.stop(message.clone());
+            (held.record().server, held.record().volume)
+        };
+        tracing::error!(%server, %volume, "{message}");
         refuse(RefusalCode::Storage, message)
     }
 
@@ -248,7 +252,12 @@ impl Keeper {
         let end = journal.mark_committed();
         let mut volume = self.volume();
         volume.commit(&signed, frame.total_bytes(), end);
-        Ok(volume.committed_reply())
+        let reply = volume.committed_reply();
+        drop(volume);
+        let facts = &signed.manifest;
+        tracing::debug!(server = %facts.server, volume = %facts.volume, epoch = facts.epoch.0,
+            cut = %facts.cut_id, "epoch committed");
+        Ok(reply)
     }
 
     fn drop_staged(&self, journal: &mut Journal) -> Result<(), Refusal> {

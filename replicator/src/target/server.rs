@@ -157,7 +157,7 @@ impl Server {
         let address = socket.peer_addr();
         match self.handshake(socket) {
             Ok((stream, peer)) => session::serve(&self.site, stream, handle, &peer),
-            Err(error) => tracing::warn!("handshake with {address:?} failed: {error:#}"),
+            Err(error) => tracing::warn!(peer = ?address, "handshake failed: {error:#}"),
         }
     }
 

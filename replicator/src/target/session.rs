@@ -9,8 +9,9 @@ use super::site::Site;
 use super::view::READING_BYTES_MAX;
 use super::volume::refuse;
 use crate::wire::{Connection, WireError};
+use secondsite_format::FormatError;
 use secondsite_format::frame::{Frame, FrameKind};
-use secondsite_format::ids::ServerId;
+use secondsite_format::ids::{ServerId, VolumeId};
 use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
 use secondsite_format::manifest::PUBLIC_KEY_BYTES;
 use secondsite_format::message::{Hello, Message, Refusal, RefusalCode, Reply, Request};
@@ -147,23 +148,43 @@ impl From<WireError> for End {
 pub fn serve<S: Read + Write>(site: &Site, stream: S, handle: &Arc<SessionHandle>, peer: &Peer) {
     handle.line.set_read_timeout(SILENCE_TIMEOUT);
     let mut connection = Connection::new(stream);
-    let Err(end) = converse(site, &mut connection, handle, peer) else { return };
+    let mut volume = None;
+    let Err(end) = converse(site, &mut connection, handle, peer, &mut volume) else { return };
+    let (server, volume) = (peer.server, volume.map(tracing::field::display));
     let refusal = match (handle.ended(), end) {
         (Some(told), _) => told,
         (None, End::Refuse(refusal)) => refusal,
-        (None, End::Wire(WireError::Format(error))) => {
-            refuse(RefusalCode::Malformed, error.to_string())
-        }
+        (None, End::Wire(WireError::Format(error))) => unread(&error),
         (None, End::Wire(error @ WireError::Unexpected { .. })) => {
             refuse(RefusalCode::Malformed, error.to_string())
         }
         (None, End::Wire(error @ (WireError::Io(_) | WireError::Refused(_)))) => {
-            tracing::info!("session of server {} ended: {error}", peer.server);
+            tracing::info!(%server, volume, "session ended: {error}");
             return;
         }
     };
-    tracing::warn!("session of server {} ended: {refusal}", peer.server);
+    tracing::warn!(%server, volume, "session ended: {refusal}");
     say_and_drain(connection, handle, &refusal);
+}
+
+/// What a peer is told whose bytes could not be read.
+fn unread(error: &FormatError) -> Refusal {
+    match error {
+        FormatError::Protocol { found, known } => refuse(
+            RefusalCode::Protocol,
+            format!(
+                "the source speaks protocol {found}, this target {known}: upgrade the older side"
+            ),
+        ),
+        FormatError::Newer { what, found, known } => refuse(
+            RefusalCode::Protocol,
+            format!(
+                "the source sends {what} version {found}, this target reads up to {known}: \
+                 upgrade the target"
+            ),
+        ),
+        _ => refuse(RefusalCode::Malformed, error.to_string()),
+    }
 }
 
 fn say_and_drain<S: Read + Write>(
@@ -189,6 +210,7 @@ fn converse<S: Read + Write>(
     connection: &mut Connection<S>,
     handle: &Arc<SessionHandle>,
     peer: &Peer,
+    volume: &mut Option<VolumeId>,
 ) -> Result<(), End> {
     let first = connection.receive_admitted(|raw| match raw.kind() {
         FrameKind::Hello => Ok(()),
@@ -196,6 +218,7 @@ fn converse<S: Read + Write>(
     })?;
     let Some((frame, ())) = first else { return Ok(()) };
     let hello = Hello::from_frame(&frame).map_err(WireError::from)?;
+    *volume = Some(hello.volume);
     let entry = site.greet(&hello, peer)?;
     let told = |end: &End| {
         let ended = handle.ended();
@@ -203,6 +226,7 @@ fn converse<S: Read + Write>(
             (Some(refusal), _) if refusal.code == RefusalCode::Replaced => return,
             (Some(refusal), _) | (None, End::Refuse(refusal)) => refusal.message.clone(),
             (None, End::Wire(WireError::Io(_) | WireError::Refused(_))) => return,
+            (None, End::Wire(WireError::Format(error))) => unread(error).message,
             (None, End::Wire(error)) => error.to_string(),
         };
         entry.note_refused(Some(message));

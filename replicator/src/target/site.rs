@@ -20,7 +20,7 @@ use super::state;
 use super::volume::{Verify, refuse, shrunk};
 use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{Epoch, ServerId, VolumeId};
-use secondsite_format::message::{Hello, PROTOCOL, Refusal, RefusalCode};
+use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
@@ -160,13 +160,6 @@ impl Site {
 
     /// Checks a hello as far as the certificate and the assignment go.
     pub(super) fn greet(&self, hello: &Hello, peer: &Peer) -> Result<Arc<Entry>, Refusal> {
-        if hello.protocol != PROTOCOL {
-            let message = format!(
-                "the source speaks protocol {}, this target {PROTOCOL}: upgrade the older side",
-                hello.protocol
-            );
-            return Err(refuse(RefusalCode::Protocol, message));
-        }
         let allowed = self.allowed(hello, peer.server);
         let entry = self.entries().get(&(peer.server, hello.volume)).cloned();
         if let (Err(refusal), Some(entry)) = (&allowed, &entry) {
@@ -304,7 +297,7 @@ impl Site {
                     self.again().push(Job::Open(server, volume));
                 }
                 if entry.set_opened(Opened::Failed(message.clone())) {
-                    tracing::error!("a volume of server {server} cannot be opened: {message}");
+                    tracing::error!(%server, %volume, "a volume cannot be opened: {message}");
                 }
             }
         }
@@ -317,10 +310,13 @@ impl Site {
             // A promotion that was interrupted goes on even if no point asks for it now.
             let wanted = wanted.get(&volume).copied().unwrap_or(Epoch(0));
             match promote(&keeper, wanted, &|| !self.stopping()) {
-                Ok(true) => self.changed(),
+                Ok(true) => {
+                    tracing::debug!(%server, %volume, epoch = wanted.0, "epoch promoted");
+                    self.changed();
+                }
                 Ok(false) => {}
                 Err(refusal) => {
-                    tracing::error!("promoting volume {volume} of server {server}: {refusal}");
+                    tracing::error!(%server, %volume, "promoting: {refusal}");
                     if refusal.code == RefusalCode::NoSpace {
                         self.again().push(Job::Promote(server));
                     }

@@ -133,13 +133,16 @@ pub enum StateError {
     Io(#[from] io::Error),
     /// A newer Secondsite wrote it.
     #[error(
-        "written by a newer Secondsite (format {found}, this one reads up to {FORMAT}): upgrade \
-         the target; nothing was changed"
+        "written by a newer Secondsite (format {found}, this one reads up to {FORMAT}): install \
+         the newer one again on the target; nothing was changed"
     )]
     Newer {
         /// Its format.
         found: u64,
     },
+    /// It does not say which format it has.
+    #[error("damaged: no format number")]
+    NoFormat,
     /// It is not what was written.
     #[error("damaged: {0}")]
     Damaged(#[from] serde_json::Error),
@@ -170,10 +173,15 @@ impl StateRecord {
 
     /// Reads it, if there is one.
     pub fn load(disk: &dyn Disk) -> Result<Option<Self>, StateError> {
-        let Some(bytes) = disk.read(FILE, FILE_BYTES_MAX)? else { return Ok(None) };
-        let mut value: serde_json::Value = serde_json::from_slice(&bytes)?;
+        disk.read(FILE, FILE_BYTES_MAX)?.map(|bytes| Self::decode(&bytes)).transpose()
+    }
+
+    /// Reads the file's content. The format comes first: nothing else of a newer one is looked at.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
         match value["format"].as_u64() {
             Some(found) if found > u64::from(FORMAT) => Err(StateError::Newer { found }),
+            Some(found) if found == u64::from(FORMAT) => Ok(serde_json::from_value(value)?),
             Some(1) => {
                 // Format 1 knew no growth: its base has the volume's size.
                 let volume_bytes = value["volume_bytes"].clone();
@@ -181,17 +189,22 @@ impl StateRecord {
                     base.insert("volume_bytes".into(), volume_bytes);
                 }
                 value["format"] = FORMAT.into();
-                Ok(Some(serde_json::from_value(value)?))
+                Ok(serde_json::from_value(value)?)
             }
-            _ => Ok(Some(serde_json::from_value(value)?)),
+            _ => Err(StateError::NoFormat),
         }
+    }
+
+    /// The file's content.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec_pretty(self).expect("plain data has a JSON form");
+        text.push(b'\n');
+        text
     }
 
     /// Makes it durable.
     pub fn store(&self, disk: &dyn Disk) -> io::Result<()> {
-        let mut text = serde_json::to_vec_pretty(self).expect("plain data has a JSON form");
-        text.push(b'\n');
-        disk.replace(FILE, &text)
+        disk.replace(FILE, &self.encode())
     }
 }
 

@@ -2,14 +2,15 @@
 //!
 //! The header's first word is written when all is pinned and attached, and zeroed before the first
 //! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away. A
-//! whole set stays whole while its bitmaps are replaced by larger ones ([`crate::grow`]).
+//! whole set stays whole while its bitmaps are replaced by larger ones ([`crate::grow`]). Pins of a
+//! newer version are neither adopted nor removed.
 
-use super::Options;
 use super::mapping::Mapping;
+use super::{NewerPins, Options};
 use crate::bitmap::{leaf_words, summary_words};
 use crate::device::Device;
 use crate::grow::{self, Sets};
-use crate::header::{Extent, HEADER_WORDS, Header, IDENTITY_WORDS};
+use crate::header::{self, Extent, HEADER_WORDS, Header, IDENTITY_WORDS};
 use crate::marks::MarksMemory;
 use aya::maps::{Array, ArrayOfMaps, Map, MapData, MapError};
 use aya::programs::BtfTracePoint;
@@ -20,6 +21,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
 
 /// Copies of each program, as in the BPF source.
 pub(super) const COPIES: usize = 2;
@@ -153,7 +155,8 @@ pub(super) enum NotAdopted {
 pub(super) fn open(plan: &Plan, dir: &Path) -> Result<Pinned, NotAdopted> {
     let words = fixed(dir, "header").map_err(NotAdopted::Unfit)?;
     let header = Header::new(&words);
-    if !header.is_whole() || header.identity() != plan.identity {
+    let whole = header.is_whole() && header.is_sound();
+    if !whole || header.identity() != plan.identity {
         let why = "what is pinned is not whole, or belongs to another device";
         return Err(NotAdopted::Unfit(why.into()));
     }
@@ -306,10 +309,21 @@ impl std::fmt::Display for NotAdopted {
     }
 }
 
+/// What a newer Secondsite pinned here. Of its header only the first word is looked at.
+pub(super) fn newer(dir: &Path) -> Option<NewerPins> {
+    let map = MapData::from_pin(dir.join("header")).ok()?;
+    let words = Mapping::new(map.fd().as_fd(), 1).ok()?;
+    let found = header::newer(words[0].load(Acquire))?;
+    Some(NewerPins { dir: dir.to_path_buf(), found, known: header::VERSION })
+}
+
 /// Removes a set, whole or not. The programs are detached when their links go.
 pub(super) fn remove(dir: &Path) -> io::Result<()> {
     if !dir.exists() {
         return Ok(());
+    }
+    if let Some(newer) = newer(dir) {
+        return Err(io::Error::other(newer));
     }
     // Fails only if there is no header, and without one nothing can be adopted.
     let _ = set_whole(dir, false);
