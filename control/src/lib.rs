@@ -12,6 +12,7 @@ pub mod clock;
 mod deployment;
 mod files;
 mod ids;
+pub mod observed;
 pub mod pki;
 mod plan;
 pub mod problem;

@@ -104,7 +104,7 @@ fn state(
     }
     let (Some((report, _)), Some(heard)) = (known.agent, heard_seconds) else {
         let reason = "its agent has not reported yet; replication starts when it does. On the \
-                      server: systemctl status secondsite-replicate";
+                      server: systemctl status secondsite-agent";
         return ("waiting", reason.to_owned());
     };
     if heard > AWAY_SECONDS {
@@ -127,7 +127,7 @@ fn away(known: &Known<'_>, heard: f64, now: Timestamp) -> String {
     }
     format!(
         "not heard for {heard}; points that are there stay. On the server: systemctl status \
-         secondsite-replicate"
+         secondsite-agent"
     )
 }
 

@@ -38,6 +38,8 @@ pub const CERTIFICATE_LIFE_MAX: Duration = Duration::from_secs(30 * 86400);
 /// `control.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlConfig {
+    /// A loopback address that serves metrics besides the unix socket.
+    pub metrics: Option<SocketAddr>,
     /// Where agents, targets, the CLI and browsers connect.
     pub listen: SocketAddr,
     /// Where control keeps its database; none: the state folder.
@@ -49,6 +51,8 @@ pub struct ControlConfig {
 /// `target.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetConfig {
+    /// A loopback address that serves metrics besides the unix socket.
+    pub metrics: Option<SocketAddr>,
     /// Where replicas and journals lie.
     pub store: PathBuf,
     /// Where agents connect.
@@ -77,6 +81,8 @@ pub struct ReplicaDevice {
 /// `agent.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AgentConfig {
+    /// A loopback address that serves metrics besides the unix socket.
+    pub metrics: Option<SocketAddr>,
     /// Control, `HOST:PORT`.
     pub control: String,
     /// Name of this server.
@@ -105,6 +111,7 @@ impl ControlConfig {
         let mut all = ControlPart::default();
         for part in parts {
             all = ControlPart {
+                metrics: part.metrics.over(all.metrics),
                 listen: part.listen.or(all.listen),
                 store: part.store.or(all.store),
                 certificate_life: part.certificate_life.or(all.certificate_life),
@@ -116,7 +123,8 @@ impl ControlConfig {
             return Err(ConfigError::value(main, "certificate_life", "more than 0, at most 30d"));
         }
         let listen = all.listen.ok_or_else(|| ConfigError::missing(main, "listen"))?;
-        Ok(Self { listen, store: all.store, certificate_life: life })
+        let metrics = all.metrics.checked(main)?;
+        Ok(Self { metrics, listen, store: all.store, certificate_life: life })
     }
 }
 
@@ -138,6 +146,7 @@ impl TargetConfig {
             let mut device = all.device;
             device.extend(part.device);
             all = TargetPart {
+                metrics: part.metrics.over(all.metrics),
                 store: part.store.or(all.store),
                 listen: part.listen.or(all.listen),
                 control: part.control.or(all.control),
@@ -152,6 +161,7 @@ impl TargetConfig {
             return Err(ConfigError::value(main, "memory", "at least 16MiB"));
         }
         Ok(Self {
+            metrics: all.metrics.checked(main)?,
             store: all.store.ok_or_else(|| missing("store"))?,
             listen: all.listen.ok_or_else(|| missing("listen"))?,
             control: all.control.ok_or_else(|| missing("control"))?,
@@ -180,6 +190,7 @@ impl AgentConfig {
             let mut allow = all.allow;
             allow.extend(part.allow);
             all = AgentPart {
+                metrics: part.metrics.over(all.metrics),
                 control: part.control.or(all.control),
                 name: part.name.or(all.name),
                 memory: part.memory.or(all.memory),
@@ -197,6 +208,7 @@ impl AgentConfig {
             return Err(ConfigError::value(main, "workers", "1 to 64"));
         }
         Ok(Self {
+            metrics: all.metrics.checked(main)?,
             control: all.control.ok_or_else(|| missing("control"))?,
             name: all.name.ok_or_else(|| missing("name"))?,
             memory_bytes,
@@ -206,10 +218,39 @@ impl AgentConfig {
     }
 }
 
+/// The table `metrics` of every role.
+const METRICS: (&str, &[&str]) = ("metrics", &["listen"]);
+
+/// What one file says of metrics.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct MetricsPart {
+    listen: Option<SocketAddr>,
+}
+
+impl MetricsPart {
+    fn over(self, before: Self) -> Self {
+        Self { listen: self.listen.or(before.listen) }
+    }
+
+    /// Only this host may ask: metrics tell names, and have no password.
+    fn checked(&self, main: &Path) -> Result<Option<SocketAddr>, ConfigError> {
+        match self.listen {
+            Some(address) if !address.ip().is_loopback() => Err(ConfigError::value(
+                main,
+                "metrics.listen",
+                "a loopback address, such as 127.0.0.1:9743",
+            )),
+            listen => Ok(listen),
+        }
+    }
+}
+
 /// What one file says of control.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct ControlPart {
+    metrics: MetricsPart,
     listen: Option<SocketAddr>,
     store: Option<PathBuf>,
     certificate_life: Option<Seconds>,
@@ -219,6 +260,7 @@ struct ControlPart {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct TargetPart {
+    metrics: MetricsPart,
     store: Option<PathBuf>,
     listen: Option<SocketAddr>,
     control: Option<String>,
@@ -231,6 +273,7 @@ struct TargetPart {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct AgentPart {
+    metrics: MetricsPart,
     control: Option<String>,
     name: Option<String>,
     memory: Option<Size>,
@@ -240,21 +283,22 @@ struct AgentPart {
 
 impl Schema for ControlPart {
     const ROLE: &'static str = "control";
-    const KEYS: &'static [&'static str] = &["listen", "store", "certificate_life"];
+    const KEYS: &'static [&'static str] = &["listen", "store", "certificate_life", "metrics"];
     const TABLES: &'static [(&'static str, &'static [&'static str])] = &[];
 }
 
 impl Schema for TargetPart {
     const ROLE: &'static str = "target";
     const KEYS: &'static [&'static str] =
-        &["store", "listen", "control", "reserve", "memory", "device"];
+        &["store", "listen", "control", "reserve", "memory", "device", "metrics"];
     const TABLES: &'static [(&'static str, &'static [&'static str])] =
-        &[("device", &["server", "volume", "path"])];
+        &[("device", &["server", "volume", "path"]), METRICS];
 }
 
 impl Schema for AgentPart {
     const ROLE: &'static str = "agent";
-    const KEYS: &'static [&'static str] = &["control", "name", "memory", "workers", "allow"];
+    const KEYS: &'static [&'static str] =
+        &["control", "name", "memory", "workers", "allow", "metrics"];
     const TABLES: &'static [(&'static str, &'static [&'static str])] = &[];
 }
 

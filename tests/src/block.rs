@@ -3,6 +3,7 @@
 
 use crate::daemon::Child;
 use crate::wait_until;
+use nix::unistd::Pid;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -84,7 +85,7 @@ pub struct SlowDevice {
     pub device: LoopDevice,
     _mount: FuseMount,
     _fuse: Child,
-    _server: Child,
+    server: Child,
 }
 
 struct FuseMount(PathBuf);
@@ -129,7 +130,12 @@ impl SlowDevice {
             (size == bytes).then_some(()).ok_or_else(|| fuse.log())
         });
         let device = LoopDevice::over(&mountpoint, true);
-        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, _server: server }
+        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, server }
+    }
+
+    /// What answers for the medium: stopped, every read and write waits.
+    pub fn medium(&self) -> Pid {
+        self.server.pid()
     }
 }
 

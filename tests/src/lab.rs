@@ -4,9 +4,11 @@
 use crate::daemon::Child;
 use crate::network::{Network, SITE_ADDRESS};
 use crate::wait_until;
+use nix::unistd::Pid;
 use secondsite_control::api::{Points, ServerStatus, Status};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -193,10 +195,22 @@ impl Lab {
 
     /// Starts a daemon; any earlier one of its kind must be gone.
     pub fn start(&mut self, daemon: Daemon) {
+        self.start_with(daemon, &[]);
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(&mut self, daemon: Daemon, environment: &[(&str, &OsStr)]) {
         let side = if daemon == Daemon::Replicate { Side::Server } else { Side::Site };
-        let child = Child::spawn(daemon.word(), self.command(side).arg(daemon.word()));
+        let mut command = self.command(side);
+        command.arg(daemon.word()).envs(environment.iter().copied());
+        let child = Child::spawn(daemon.word(), &mut command);
         let before = self.daemons.insert(daemon, child);
         assert!(before.is_none(), "{daemon:?} already runs");
+    }
+
+    /// The process of a daemon.
+    pub fn pid(&self, daemon: Daemon) -> Pid {
+        self.daemons.get(&daemon).expect("it runs").pid()
     }
 
     /// `kill -9`.

@@ -12,6 +12,7 @@ pub mod lab;
 pub mod load;
 pub mod network;
 pub mod random;
+pub mod threads;
 
 use std::time::{Duration, Instant};
 

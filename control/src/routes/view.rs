@@ -6,6 +6,7 @@ use crate::api::{
 };
 use crate::certificate::Role;
 use crate::deployment::{Deployment, Reports};
+use crate::observed::{ServerRow, Snapshot};
 use crate::problem::{Refused, Result};
 use crate::status::{self, AWAY_SECONDS, Known, KnownVolume, duration, seconds_since};
 use crate::store::access::{self, Newest};
@@ -138,6 +139,51 @@ fn server_status(
     status::server_status(&known, now)
 }
 
+/// What metrics show.
+pub(crate) async fn snapshot(deployment: &Deployment) -> Result<Snapshot> {
+    let status = status(deployment, None).await?;
+    let mut tx = deployment.store.begin().await?;
+    let rows = servers::all(&mut tx).await?;
+    let targets = targets::all(&mut tx).await?;
+    let certificates = access::newest_certificates(&mut tx).await?;
+    drop(tx);
+    let reports = deployment.reports();
+    let named = |id: &str| rows.iter().find(|row| row.id == id).map(|row| row.name.clone());
+    let server = |server: ServerStatus| {
+        let id = rows.iter().find(|row| row.name == server.name).map(|row| row.id.as_str());
+        let points = reports.targets.values().flat_map(|heard| &heard.report.points);
+        let exact = points
+            .filter(|point| Some(point.server.as_str()) == id && point.consistency != "fuzzy");
+        ServerRow {
+            newest_exact_ns: exact.map(|point| point.time_ns).max(),
+            heard: id.and_then(|id| reports.agents.get(id)).map(|heard| heard.at),
+            name: server.name,
+            state: server.state,
+            goal_seconds: server.goal_seconds,
+            backlog_bytes: server.backlog_bytes,
+        }
+    };
+    let target =
+        |row: &Target| (row.name.clone(), reports.targets.get(&row.id).map(|heard| heard.at));
+    let certificate = |row: &Newest| {
+        let ends = Timestamp::from_second(row.ends_s).ok()?;
+        let (role, name) = match row.role.parse::<Role>().ok()? {
+            Role::Agent(id) => ("agent", named(&id)?),
+            Role::Target(id) => {
+                ("target", targets.iter().find(|row| row.id == id).map(|row| row.name.clone())?)
+            }
+            Role::Operator(name) => ("operator", name),
+            Role::Control => ("control", "control".to_owned()),
+        };
+        Some((role.to_owned(), name, ends))
+    };
+    Ok(Snapshot {
+        servers: status.servers.into_iter().map(server).collect(),
+        targets: targets.iter().map(target).collect(),
+        certificates: certificates.iter().filter_map(certificate).collect(),
+    })
+}
+
 fn target_warning(target: &Target, reports: &Reports, now: Timestamp) -> Option<String> {
     let name = &target.name;
     let Some(heard) = reports.targets.get(&target.id) else {
@@ -166,7 +212,7 @@ fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Opti
             let name = &servers.iter().find(|server| server.id == id)?.name;
             (
                 format!("server {name}"),
-                "systemctl status secondsite-replicate, on the server",
+                "systemctl status secondsite-agent, on the server",
                 "secondsite token; then on the server: secondsite join, with the same name",
             )
         }

@@ -65,6 +65,9 @@ pub enum Command {
     Cut(CutArgs),
     /// Compare a server with its newest recovery point
     Verify(ServerArgs),
+    /// Make what packages ship besides the binary
+    #[command(hide = true)]
+    Generate(GenerateArgs),
 }
 
 /// Options of the daemons.
@@ -135,6 +138,9 @@ pub struct JoinArgs {
     /// Name of this server [default: its host name]
     #[arg(long, value_parser = server_name)]
     pub name: Option<String>,
+    /// Join only, start nothing
+    #[arg(long)]
+    pub no_start: bool,
     /// Show what would be reported, join nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -217,6 +223,30 @@ pub struct StatusArgs {
     /// Go on until interrupted
     #[arg(long)]
     pub watch: bool,
+}
+
+/// `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Completions for a shell on stdout, or man pages
+    #[arg(value_enum)]
+    pub what: Generated,
+    /// Folder of the man pages
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// What can be generated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Generated {
+    /// Completions.
+    Bash,
+    /// Completions.
+    Zsh,
+    /// Completions.
+    Fish,
+    /// Man pages.
+    Man,
 }
 
 /// A command about one server.

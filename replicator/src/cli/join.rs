@@ -4,6 +4,7 @@
 
 use super::args::JoinArgs;
 use super::failure::{Exit, Failure};
+use super::services::{self, AGENT_SERVICE};
 use super::{Context, operator, output, units};
 use crate::config::Paths;
 use crate::daemon::agent_side::{ASSIGNMENT, ENROLMENT, Enrolment, ORDERS};
@@ -97,12 +98,7 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
         "fingerprint": fingerprint,
     });
     show(context, &document, &devices);
-    let start = if paths.is_default() && super::setup::systemd_runs() {
-        "systemctl enable --now secondsite-replicate".to_string()
-    } else {
-        context.command("replicate")
-    };
-    output::talk(&format!("Start the agent here:   {start}"));
+    services::start(context, args.no_start, &[AGENT_SERVICE]);
     output::talk(&format!(
         "Nothing is replicated yet.   On control's host: secondsite protect {} --volumes all",
         reply.name

@@ -6,12 +6,14 @@
 
 pub mod args;
 pub mod failure;
+mod generate;
 mod join;
 mod operator;
 mod orders;
 pub mod output;
 mod points;
 mod protect;
+mod services;
 mod setup;
 mod status;
 mod token;
@@ -79,6 +81,7 @@ fn run(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Points(args) => points::run(context, &args.server),
         Command::Cut(args) => orders::cut(context, &args),
         Command::Verify(args) => orders::verify(context, &args.server),
+        Command::Generate(args) => generate::run(&args),
     }
 }
 

@@ -9,7 +9,7 @@ use super::orders::Orders;
 use super::state::StateDir;
 use crate::cli::failure::Failure;
 use crate::inventory;
-use crate::source::Source;
+use crate::source::{self, Source};
 use secondsite_control::api::{
     AgentAssignment, AgentReport, InventoryDevice, VolumeAssignment, VolumePhase, VolumeReport,
 };
@@ -102,11 +102,6 @@ impl AgentSide {
         self.source
     }
 
-    /// Milliseconds since the data loop last went round.
-    pub fn idle_millis(&self) -> u64 {
-        self.source.as_ref().map_or(0, Source::idle_millis)
-    }
-
     /// One line for init.
     pub fn status(&self) -> String {
         let report = self.current();
@@ -128,6 +123,11 @@ impl AgentSide {
             .map(|(count, word)| format!("{count} {word}"))
             .collect();
         if parts.is_empty() { "no volume is protected".into() } else { parts.join(", ") }
+    }
+
+    /// What metrics show of the data plane, and how many volumes are refused.
+    pub fn observe(&self) -> (Option<source::Observation>, usize) {
+        (self.source.as_ref().map(Source::observe), lock(&self.inner).refused.len())
     }
 
     fn current(&self) -> AgentReport {

@@ -13,12 +13,12 @@ use super::state::StateDir;
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{AgentConfig, Paths};
 use crate::machine;
+use crate::metrics;
 use crate::source::{Source, SourceConfig};
 use secondsite_control::pki::{Identity, Role};
 use secondsite_tracker::freeze::Freezer;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Below this lie the pins of all agents, each under its server's id.
 const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
@@ -72,9 +72,21 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
         Failure::new(Exit::Failed, format!("start of the link to control: {error}"))
     })?;
+    let (observed, link_state) = (Arc::downgrade(&side), Arc::clone(&shared));
+    metrics::serve(&paths.metrics(AgentSide::ROLE, config.metrics), move || {
+        let side = observed.upgrade().ok_or("the agent is stopping")?;
+        let (source, refused) = side.observe();
+        let agent = metrics::agent::Agent {
+            source,
+            refused,
+            certificate_ends: link_state.certificate_ends(),
+            control_answers: link_state.control_answers(),
+        };
+        Ok(metrics::agent::render(&agent))
+    });
     init::serve_until_signal(
         &signals,
-        || Some(Duration::from_millis(side.idle_millis())),
+        || true,
         || format!("{}; {}", side.status(), shared.status()),
     );
     link.stop();

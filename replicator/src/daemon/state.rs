@@ -4,6 +4,7 @@
 //! a newer format is refused and left as it is.
 
 use crate::cli::failure::{Exit, Failure};
+use crate::pulse;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -67,7 +68,7 @@ impl StateDir {
             std::fs::rename(&beside, &path)?;
             File::open(&self.dir)?.sync_all()
         };
-        write().map_err(|error| Failure::io("write", &path, &error))
+        pulse::outside(write).map_err(|error| Failure::io("write", &path, &error))
     }
 }
 

@@ -1,7 +1,9 @@
 //! From an assignment to a volume: opens the device, chooses the tracker, and adapts the tracker's
 //! types to the seams. The only module of the source that knows them.
 
+use crate::pulse;
 use crate::source::buffers::Memory;
+use crate::source::observation::Freezes;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
 use crate::source::seams::{DiskError, Freeze, Tracker};
@@ -26,7 +28,8 @@ pub fn attach(
     let path = PathBuf::from(&assigned.path);
     let device = Device::open(&path).map_err(|error| error.to_string())?;
     let shape = Shape::new(device.size_bytes, assigned.block_bytes, &assigned.excluded);
-    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena)
+    let read_bytes = face.read_bytes.clone();
+    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena, read_bytes)
         .map_err(|error| error.to_string())?;
     let (ebpf, why_not) = choose(assigned, &device, pins)?;
     // One that has grown since it was protected is followed as it is now. After the tracker, which
@@ -138,11 +141,11 @@ impl Tracker for EbpfTracker {
         }
     }
     fn mounts(&self) -> Vec<PathBuf> {
-        let mounts = self.device.mounts().unwrap_or_default();
+        let mounts = pulse::outside(|| self.device.mounts()).unwrap_or_default();
         mounts.into_iter().filter(|mount| mount.freezable).map(|mount| mount.path).collect()
     }
     fn sync(&self, mount: &Path) -> Result<Duration, String> {
-        sync_file_system(mount).map_err(|error| error.to_string())
+        pulse::outside(|| sync_file_system(mount)).map_err(|error| error.to_string())
     }
     fn writes_in_flight(&self) -> bool {
         self.device.in_flight().map_or(true, |(_, writes)| writes > 0)
@@ -175,11 +178,29 @@ impl Tracker for CompareTracker {
     }
 }
 
-impl Freeze for Freezer {
+/// The freezer, with what came of its freezes.
+pub struct CountedFreezer {
+    /// The child.
+    pub freezer: Freezer,
+    /// For metrics.
+    pub freezes: Freezes,
+}
+
+impl Freeze for CountedFreezer {
     fn freeze(&mut self, mounts: &[PathBuf], limit: Duration) -> Result<(), String> {
-        Freezer::freeze(self, mounts, limit).map_err(|error| error.to_string())
+        let frozen = pulse::outside(|| self.freezer.freeze(mounts, limit));
+        frozen.map_err(|error| {
+            self.freezes.failed();
+            error.to_string()
+        })
     }
     fn thaw(&mut self) -> Result<(Duration, bool), String> {
-        Freezer::thaw(self).map_err(|error| error.to_string())
+        let thawed = pulse::outside(|| self.freezer.thaw());
+        // Counted only now: between freeze and thaw nothing is locked.
+        match &thawed {
+            Ok((took, true)) => self.freezes.durations.observe(took.as_secs_f64()),
+            Ok((_, false)) | Err(_) => self.freezes.failed(),
+        }
+        thawed.map_err(|error| error.to_string())
     }
 }

@@ -9,7 +9,6 @@ use crate::source::seams::LinkError;
 use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
 use crate::source::stream::encode;
-use crate::source::volume::lock;
 use secondsite_control::api::VolumePhase;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::{CutId, Epoch, SyncId};
@@ -84,7 +83,7 @@ impl Shipper {
         let purpose = Purpose::FirstCopy { skip_zeros: session.reads_zero };
         let generation = session.generation;
         let link = &mut session.link;
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         encode(
             bench.disk.as_mut(),
             &commons.memory.bulk,

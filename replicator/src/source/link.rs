@@ -2,6 +2,7 @@
 //!
 //! Blocking, half-duplex, owned by one shipper. [`Hangup`] ends it from another thread.
 
+use crate::pulse;
 use crate::source::seams::{Dial, Link, LinkError};
 use crate::source::volume::lock;
 use crate::wire::{Connection, WireError};
@@ -91,6 +92,12 @@ impl TlsDial {
 
 impl Dial for TlsDial {
     fn dial(&mut self, hello: &Hello) -> Result<(Box<dyn Link>, Welcome), LinkError> {
+        pulse::outside(|| self.greet(hello))
+    }
+}
+
+impl TlsDial {
+    fn greet(&self, hello: &Hello) -> Result<(Box<dyn Link>, Welcome), LinkError> {
         let (target, identity) = {
             let place = lock(&self.place);
             (place.target.clone(), place.identity.clone())
@@ -158,10 +165,16 @@ struct TlsLink {
 
 impl Link for TlsLink {
     fn send(&mut self, frame: &Frame) -> Result<(), LinkError> {
-        self.connection.send(frame).map_err(|error| self.explain(error))
+        pulse::outside(|| self.connection.send(frame).map_err(|error| self.explain(error)))
     }
 
     fn ask(&mut self, frame: &Frame) -> Result<Reply, LinkError> {
+        pulse::outside(|| self.converse(frame))
+    }
+}
+
+impl TlsLink {
+    fn converse(&mut self, frame: &Frame) -> Result<Reply, LinkError> {
         self.connection.send(frame).map_err(|error| self.explain(error))?;
         match self.connection.receive()? {
             Some(frame) if frame.header.kind == FrameKind::Reply => {
@@ -171,9 +184,7 @@ impl Link for TlsLink {
             None => Err(LinkError::Lost("the target closed the connection".into())),
         }
     }
-}
 
-impl TlsLink {
     /// A target that refuses closes while we still send: what it said last may be there to read.
     fn explain(&mut self, error: WireError) -> LinkError {
         if matches!(error, WireError::Io(_)) {

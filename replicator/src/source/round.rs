@@ -8,7 +8,7 @@ use crate::source::budget::FreezeBudget;
 use crate::source::buffers::{BUFFER_BYTES, Memory};
 use crate::source::proof::{Doubt, last_pass, prove, set_aside};
 use crate::source::seams::{Env, Freeze};
-use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume, lock};
+use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume};
 use secondsite_format::ids::{CutId, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use std::path::PathBuf;
@@ -257,7 +257,7 @@ impl Round {
         }
         let share = self.share(tools.memory);
         let attempt = {
-            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             for (volume, bench) in tracked.iter().zip(&mut benches) {
                 set_aside(volume, bench, tools.memory, share);
             }
@@ -287,6 +287,7 @@ impl Round {
             Failure::Doubt(Doubt::Gap(i, why)) => {
                 // Stored before anything else: whatever ends this process, the compare is due.
                 tracked[i].marks().set_compare_due(true);
+                tracked[i].face.update(|status| status.audit_gaps += 1);
                 tracked[i].control().doubt = Some(format!("the tracker missed writes ({why})"));
                 tracked[i].give(Task::GiveUp("the tracker missed writes"));
                 self.members.retain(|volume| volume.id() != tracked[i].id());
@@ -359,7 +360,7 @@ impl Round {
         let mut result = Err(Failure::Doubt(Doubt::Busy(0)));
         let mut trouble = None;
         {
-            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             for (volume, bench) in tracked.iter().zip(&mut benches) {
                 set_aside(volume, bench, tools.memory, share);
             }

@@ -13,7 +13,7 @@ use crate::source::pipeline::Workers;
 use crate::source::resume::{Known, Next, plan};
 use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
 use crate::source::verify::Verify;
-use crate::source::volume::{Outcome, Task, VerifyState, Volume, lock};
+use crate::source::volume::{Outcome, Task, VerifyState, Volume};
 use secondsite_control::api::VolumePhase;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
 use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
@@ -173,7 +173,7 @@ impl Shipper {
         if now < due {
             return Ok(due - now);
         }
-        lock(&self.volume.bench).disk.check()?;
+        self.volume.bench().disk.check()?;
         match self.ask(&Request::Ping)? {
             Reply::Alive => Ok(PING_EVERY),
             _ => Err(LinkError::Nonsense("a ping was not answered as such").into()),
@@ -224,7 +224,7 @@ impl Shipper {
         if now < self.dial_at {
             return Ok(self.dial_at - now);
         }
-        lock(&self.volume.bench).disk.check()?;
+        self.volume.bench().disk.check()?;
         let hello = Hello {
             protocol: PROTOCOL,
             server: self.commons.server,
@@ -306,7 +306,7 @@ impl Shipper {
         {
             // These blocks are taken, but the frames that held them never arrived: a later pass
             // takes and reads them again, and a higher pass wins.
-            let _bench = lock(&self.volume.bench);
+            let _bench = self.volume.bench();
             ledger.rewind(next).into_iter().for_each(|run| marks.mark(run));
         }
         if plan.nothing_to_compare {
@@ -368,12 +368,24 @@ impl Shipper {
         self.durable = durable;
         self.chain = chain;
         self.ledger = None;
-        {
+        let (signed, exact) = {
             let mut control = self.volume.control();
             control.cut = None;
             control.commits += 1;
-        }
-        self.volume.face.update(|status| status.give_ups = 0);
+            (control.signed_ns.take(), control.exact)
+        };
+        self.volume.face.update(|status| {
+            status.give_ups = 0;
+            // One that an earlier process signed is not ours to describe.
+            let Some(signed_ns) = signed else { return };
+            status.newest_point_ns = signed_ns;
+            if exact {
+                status.points_exact += 1;
+                status.newest_exact_ns = signed_ns;
+            } else {
+                status.points_fuzzy += 1;
+            }
+        });
     }
 
     /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
@@ -382,7 +394,7 @@ impl Shipper {
         tracing::warn!(volume = %face.id, name = face.name, epoch = cut.epoch,
             cut = %CutId(cut.cut_id), why, "epoch given up");
         {
-            let mut bench = lock(&self.volume.bench);
+            let mut bench = self.volume.bench();
             self.volume.marks().give_up();
             bench.held.clear();
             bench.reserved.clear();
@@ -392,8 +404,12 @@ impl Shipper {
         control.cut = None;
         control.task = None;
         control.outcome = Outcome::Dropped(why.into());
+        control.signed_ns = None;
         drop(control);
-        self.volume.face.update(|status| status.give_ups += 1);
+        self.volume.face.update(|status| {
+            status.give_ups += 1;
+            status.give_ups_total += 1;
+        });
         self.volume.coordinator.ring();
     }
 
@@ -491,7 +507,7 @@ impl Shipper {
                 self.give_up(&why);
                 let dropped = cut_id.map_or(Ok(()), |cut_id| self.drop_staged(cut_id));
                 // What was given up may have been so because of the disk.
-                let dropped = dropped.and_then(|()| Ok(lock(&self.volume.bench).disk.check()?));
+                let dropped = dropped.and_then(|()| Ok(self.volume.bench().disk.check()?));
                 return match dropped {
                     Ok(()) => {
                         self.followed();

@@ -3,7 +3,8 @@
 //! A volume's thread opens the device, then steps its shipper; whatever fails is said in the report
 //! and tried again. Ending leaves the pins; a volume that is no longer assigned takes them along.
 
-use crate::source::attach::{EbpfTracker, attach, remove_pins};
+use crate::pulse;
+use crate::source::attach::{CountedFreezer, EbpfTracker, attach, remove_pins};
 use crate::source::buffers::Memory;
 use crate::source::coordinator::{Coordinator, Protected};
 use crate::source::link::{Hangup, TlsDial, Where};
@@ -14,10 +15,9 @@ use crate::source::shipper::{Commons, Shipper};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{AgentAssignment, VolumeAssignment, VolumePhase};
 use secondsite_format::ids::{ServerId, VolumeId};
-use secondsite_tracker::freeze::Freezer;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -104,6 +104,11 @@ impl VolumeThread {
         self.ending.hangup.redial();
     }
 
+    /// Size of the volume, as assigned.
+    pub fn assigned_bytes(&self) -> u64 {
+        self.assigned.size_bytes
+    }
+
     /// Its handle, to wait for its end.
     pub fn into_handle(self) -> Option<JoinHandle<()>> {
         self.handle
@@ -123,12 +128,11 @@ pub struct Runner {
     pub(super) changed: Arc<dyn Fn() + Send + Sync>,
     pub(super) clock: Arc<SystemEnv>,
     pub(super) stopping: AtomicBool,
-    pub(super) beat_ms: AtomicU64,
 }
 
 impl Runner {
     /// Starts the coordinator's thread.
-    pub(super) fn coordinate(self: Arc<Self>, freezer: Freezer) -> JoinHandle<()> {
+    pub(super) fn coordinate(self: Arc<Self>, freezer: CountedFreezer) -> JoinHandle<()> {
         let mut coordinator = Coordinator::new(
             self.clock.clone(),
             self.memory.clone(),
@@ -138,21 +142,14 @@ impl Runner {
             self.changed.clone(),
         );
         let run = move || {
+            let _joined = pulse::join("the coordinator");
             while !self.stopping.load(Ordering::Acquire) {
-                self.beat();
+                pulse::beat();
                 let wait = coordinator.step();
                 self.bell.wait(wait.min(WAIT_MAX));
             }
         };
         std::thread::Builder::new().name("coordinator".into()).spawn(run).expect("a thread")
-    }
-
-    fn beat(&self) {
-        self.beat_ms.store(self.clock.now().as_millis() as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn idle_millis(&self) -> u64 {
-        (self.clock.now().as_millis() as u64).saturating_sub(self.beat_ms.load(Ordering::Relaxed))
     }
 
     pub(super) fn end(&self) {
@@ -264,6 +261,7 @@ impl Runner {
             if let Some(before) = before {
                 let _ = before.join();
             }
+            let _joined = pulse::join(format!("the shipper of {}", thread.assigned.name));
             thread.run();
         };
         let name = format!("ship {}", assigned.name);
@@ -290,7 +288,7 @@ impl Thread {
             // What an earlier attempt opened is closed before it is opened anew.
             tracker = None;
             let (memory, bell) = (&self.runner.memory, &self.runner.bell);
-            match attach(&self.assigned, &pins, &self.face, memory, bell) {
+            match pulse::outside(|| attach(&self.assigned, &pins, &self.face, memory, bell)) {
                 Ok((volume, ebpf)) => {
                     let volume = Arc::new(volume);
                     let grown = self.ship(&volume);
@@ -336,6 +334,7 @@ impl Thread {
         lock(&self.runner.protected).volumes.push(volume.clone());
         self.runner.bell.ring();
         while !self.ended() && !shipper.lost_disk() {
+            pulse::beat();
             let wait = shipper.step();
             if !wait.is_zero() {
                 volume.bell.wait(wait.min(WAIT_MAX));

@@ -6,6 +6,7 @@
 //! Lock order: `bench`, then `control`, then `status`. Every take from the live bitmap and every
 //! giving up happens under `bench`: a take that overlapped a giving up could lose a bit.
 
+use crate::pulse;
 use crate::source::buffers::Buffer;
 use crate::source::runs::Shape;
 use crate::source::seams::{Batch, Disk, Tracker};
@@ -14,7 +15,7 @@ use secondsite_format::ids::{CutId, Epoch, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use secondsite_tracker::marks::{BlockRun, Marks};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +82,8 @@ pub struct Control {
     pub commits: u64,
     /// Whether the last manifest that was signed says "exact".
     pub exact: bool,
+    /// When its cut was made; none once it is committed.
+    pub signed_ns: Option<u64>,
     /// A doubt about the tracker, for people: a compare follows.
     pub doubt: Option<String>,
     /// A verify waits for further cuts.
@@ -142,6 +145,18 @@ pub struct Status {
     pub fuzzy: String,
     /// Epochs given up in a row.
     pub give_ups: u32,
+    /// And in all.
+    pub give_ups_total: u64,
+    /// Committed points that are exact, and that are not.
+    pub points_exact: u64,
+    /// See above.
+    pub points_fuzzy: u64,
+    /// When the newest committed point was cut, and the newest exact one; 0 before.
+    pub newest_point_ns: u64,
+    /// See above.
+    pub newest_exact_ns: u64,
+    /// Times the tracker was found to have missed writes.
+    pub audit_gaps: u64,
 }
 
 impl Default for Status {
@@ -157,6 +172,12 @@ impl Default for Status {
             compares: 0,
             fuzzy: String::new(),
             give_ups: 0,
+            give_ups_total: 0,
+            points_exact: 0,
+            points_fuzzy: 0,
+            newest_point_ns: 0,
+            newest_exact_ns: 0,
+            audit_gaps: 0,
         }
     }
 }
@@ -178,10 +199,8 @@ impl Bell {
     /// Waits for a ring, at most this long.
     pub fn wait(&self, limit: Duration) {
         let rung = lock(&self.rung);
-        let (mut rung, _) = self
-            .changed
-            .wait_timeout_while(rung, limit, |rung| !*rung)
-            .unwrap_or_else(PoisonError::into_inner);
+        let wait = || self.changed.wait_timeout_while(rung, limit, |rung| !*rung);
+        let (mut rung, _) = pulse::resting(limit, wait).unwrap_or_else(PoisonError::into_inner);
         *rung = false;
     }
 }
@@ -198,6 +217,8 @@ pub struct Face {
     pub id: VolumeId,
     /// Its name.
     pub name: String,
+    /// Bytes read from the volume.
+    pub read_bytes: Arc<AtomicU64>,
     status: Mutex<Status>,
     changed: Arc<dyn Fn() + Send + Sync>,
 }
@@ -205,7 +226,7 @@ pub struct Face {
 impl Face {
     /// Makes one; `changed` is called when the status changed.
     pub fn new(id: VolumeId, name: String, changed: Arc<dyn Fn() + Send + Sync>) -> Self {
-        Self { id, name, status: Mutex::default(), changed }
+        Self { id, name, read_bytes: Arc::default(), status: Mutex::default(), changed }
     }
 
     /// The status now.
@@ -248,7 +269,7 @@ pub struct Volume {
     /// The device node, for messages.
     pub path: PathBuf,
     /// Disk and last passes.
-    pub bench: Mutex<Bench>,
+    bench: Mutex<Bench>,
     control: Mutex<Control>,
     /// Rung for the shipper.
     pub bell: Bell,
@@ -300,6 +321,11 @@ impl Volume {
         self.tracker.marks()
     }
 
+    /// Disk and last passes. Who holds it may be reading the disk.
+    pub fn bench(&self) -> MutexGuard<'_, Bench> {
+        pulse::outside(|| lock(&self.bench))
+    }
+
     /// The conversation between coordinator and shipper.
     pub fn control(&self) -> MutexGuard<'_, Control> {
         lock(&self.control)
@@ -307,7 +333,7 @@ impl Volume {
 
     /// Begins a cut, if the volume is ready for one.
     pub fn begin(&self, cut_id: CutId) -> bool {
-        let mut bench = lock(&self.bench);
+        let mut bench = self.bench();
         let mut control = self.control();
         if self.stopping() {
             return false;

@@ -6,6 +6,7 @@
 
 pub mod memory;
 
+use crate::pulse;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -133,31 +134,35 @@ fn make_folder(path: &Path) -> io::Result<()> {
 
 impl Disk for Folder {
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
-        let entries = std::fs::read_dir(self.path.join(folder))?;
-        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        pulse::outside(|| {
+            let entries = std::fs::read_dir(self.path.join(folder))?;
+            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        })
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        Ok(Arc::new(PlainFile { file: options.open(self.path.join(name))? }))
+        let file = pulse::outside(|| options.open(self.path.join(name)))?;
+        Ok(Arc::new(PlainFile { file }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).open(self.path.join(name))?;
+        let path = self.path.join(name);
+        let file = pulse::outside(|| OpenOptions::new().read(true).write(true).open(path))?;
         Ok(Arc::new(PlainFile { file }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        std::fs::rename(self.path.join(from), self.path.join(to))
+        pulse::outside(|| std::fs::rename(self.path.join(from), self.path.join(to)))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        std::fs::remove_file(self.path.join(name))
+        pulse::outside(|| std::fs::remove_file(self.path.join(name)))
     }
 
     fn sync_names(&self, folder: &str) -> io::Result<()> {
-        File::open(self.path.join(folder))?.sync_all()
+        pulse::outside(|| File::open(self.path.join(folder))?.sync_all())
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
@@ -171,7 +176,7 @@ impl Disk for Folder {
 
 /// What an ordinary user may still write to the file system of `path`, bytes.
 pub fn free_bytes(path: &Path) -> io::Result<u64> {
-    let stat = nix::sys::statvfs::statvfs(path)?;
+    let stat = pulse::outside(|| nix::sys::statvfs::statvfs(path))?;
     Ok(stat.blocks_available() * stat.fragment_size())
 }
 
@@ -181,28 +186,28 @@ struct PlainFile {
 
 impl DiskFile for PlainFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+        pulse::outside(|| self.file.read_exact_at(buffer, offset))
     }
 
     fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(content, offset)
+        pulse::outside(|| self.file.write_all_at(content, offset))
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         use nix::fcntl::{FallocateFlags, fallocate};
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(&self.file, flags, offset as i64, bytes as i64) {
+        match pulse::outside(|| fallocate(&self.file, flags, offset as i64, bytes as i64)) {
             Err(nix::errno::Errno::EOPNOTSUPP) => write_zeros(&self.file, offset, bytes),
             done => Ok(done?),
         }
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        pulse::outside(|| self.file.sync_data())
     }
 
     fn truncate(&self, bytes: u64) -> io::Result<()> {
-        self.file.set_len(bytes)
+        pulse::outside(|| self.file.set_len(bytes))
     }
 
     fn bytes(&self) -> io::Result<u64> {
@@ -212,7 +217,7 @@ impl DiskFile for PlainFile {
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         use nix::unistd::{Whence, lseek};
         // The file position is used by nobody else: all other verbs name their offset.
-        match lseek(&self.file, offset as i64, Whence::SeekData) {
+        match pulse::outside(|| lseek(&self.file, offset as i64, Whence::SeekData)) {
             Ok(found) => Ok(found as u64),
             Err(nix::errno::Errno::ENXIO) => self.bytes(),
             Err(error) => Err(error.into()),
@@ -245,18 +250,19 @@ impl Device {
 
 impl DiskFile for Device {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+        pulse::outside(|| self.file.read_exact_at(buffer, offset))
     }
 
     fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(content, offset)
+        pulse::outside(|| self.file.write_all_at(content, offset))
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let range = [offset, bytes];
         // SAFETY: the descriptor is open and BLKZEROOUT reads two u64 from the pointer given,
         // which outlives the call.
-        let done = unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) };
+        let zero = || unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) };
+        let done = pulse::outside(zero);
         if done == 0 {
             return Ok(());
         }
@@ -270,7 +276,7 @@ impl DiskFile for Device {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        pulse::outside(|| self.file.sync_data())
     }
 
     fn truncate(&self, _bytes: u64) -> io::Result<()> {
@@ -297,7 +303,7 @@ fn write_zeros(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes {
         let count = (bytes - done).min(CHUNK_BYTES);
-        file.write_all_at(&zeros[..count as usize], offset + done)?;
+        pulse::outside(|| file.write_all_at(&zeros[..count as usize], offset + done))?;
         done += count;
     }
     Ok(())

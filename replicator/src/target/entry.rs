@@ -8,10 +8,12 @@ use super::keeper::{Keeper, VolumeSpec};
 use super::replica;
 use super::session::SessionHandle;
 use super::volume::refuse;
+use crate::pulse;
 use secondsite_control::api::TargetVolumeReport;
 use secondsite_format::ids::VolumeId;
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -45,6 +47,19 @@ pub struct Entry {
     refused: Mutex<Option<String>>,
     seats: Mutex<Seats>,
     left: Condvar,
+    /// Counted for metrics.
+    pub(super) counts: Counts,
+}
+
+/// What happened to a volume since the start.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Epochs committed.
+    pub commits: AtomicU64,
+    /// Promotions into the replica volume.
+    pub promotions: AtomicU64,
+    /// Bytes of frames received.
+    pub received_bytes: AtomicU64,
 }
 
 /// A session's right to the volume; given up when dropped.
@@ -64,6 +79,7 @@ impl Entry {
             refused: Mutex::default(),
             seats: Mutex::default(),
             left: Condvar::new(),
+            counts: Counts::default(),
         }
     }
 
@@ -133,9 +149,8 @@ impl Entry {
         self.left.notify_all(); // others that wait see that they are not the newest any more
         while let Some((older, _)) = seats.session.clone() {
             older.end(replaced());
-            let (again, waited) = self
-                .left
-                .wait_timeout(seats, LEAVE_TIMEOUT)
+            let wait = || self.left.wait_timeout(seats, LEAVE_TIMEOUT);
+            let (again, waited) = pulse::resting(LEAVE_TIMEOUT, wait)
                 .expect("nothing panics while it holds the seats");
             seats = again;
             if seats.newest != ours {

@@ -15,6 +15,7 @@ use super::space::Space;
 use super::state::{CopyRecord, StateError, StateRecord};
 use super::view::View;
 use super::volume::{CommitStep, DataStep, Verify, Volume, refuse};
+use crate::pulse;
 use secondsite_format::extent::{Content, ExtentKind};
 use secondsite_format::frame::Frame;
 use secondsite_format::ids::{CutId, ServerId, SyncId, VolumeId};
@@ -114,7 +115,8 @@ impl Keeper {
     }
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
-        self.journal.lock().unwrap_or_else(|poisoned| {
+        // Who holds it may be writing.
+        pulse::outside(|| self.journal.lock()).unwrap_or_else(|poisoned| {
             self.volume().stop(BROKEN.into());
             poisoned.into_inner()
         })

@@ -12,6 +12,7 @@ pub mod index;
 mod jobs;
 pub mod journal;
 pub mod keeper;
+mod observation;
 pub mod points;
 pub mod promote;
 pub mod recover;
@@ -23,6 +24,8 @@ pub mod space;
 pub mod state;
 pub mod view;
 pub mod volume;
+
+pub use observation::{Observation, VolumeObservation};
 
 use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
@@ -126,17 +129,22 @@ impl Target {
         self.site.report()
     }
 
+    /// How many volumes there are, have an agent, cannot go on here. Asks no disk.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        self.site.counts()
+    }
+
+    /// What metrics show.
+    pub fn observe(&self) -> Observation {
+        self.site.observe(self.server.handshake_failures())
+    }
+
     /// A renewed certificate, for new sessions.
     pub fn set_identity(&self, identity: Arc<Identity>) {
         match identity.server_config(true) {
             Ok(tls) => self.server.set_tls(tls),
             Err(error) => tracing::error!("the renewed certificate cannot be used: {error:#}"),
         }
-    }
-
-    /// Milliseconds since the data loop last went round: feeds the watchdog.
-    pub fn idle_millis(&self) -> u64 {
-        self.server.idle_millis()
     }
 
     /// Ends all sessions and threads.

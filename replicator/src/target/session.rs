@@ -8,9 +8,10 @@
 use super::site::Site;
 use super::view::READING_BYTES_MAX;
 use super::volume::refuse;
+use crate::pulse;
 use crate::wire::{Connection, WireError};
 use secondsite_format::FormatError;
-use secondsite_format::frame::{Frame, FrameKind};
+use secondsite_format::frame::{Frame, FrameKind, RawHeader};
 use secondsite_format::ids::{ServerId, VolumeId};
 use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
 use secondsite_format::manifest::PUBLIC_KEY_BYTES;
@@ -164,7 +165,8 @@ pub fn serve<S: Read + Write>(site: &Site, stream: S, handle: &Arc<SessionHandle
         }
     };
     tracing::warn!(%server, volume, "session ended: {refusal}");
-    say_and_drain(connection, handle, &refusal);
+    site.refusals.count(refusal.code);
+    pulse::outside(|| say_and_drain(connection, handle, &refusal));
 }
 
 /// What a peer is told whose bytes could not be read.
@@ -212,9 +214,11 @@ fn converse<S: Read + Write>(
     peer: &Peer,
     volume: &mut Option<VolumeId>,
 ) -> Result<(), End> {
-    let first = connection.receive_admitted(|raw| match raw.kind() {
-        FrameKind::Hello => Ok(()),
-        found => Err(WireError::Unexpected { found, expected: "hello" }),
+    let first = pulse::outside(|| {
+        connection.receive_admitted(|raw| match raw.kind() {
+            FrameKind::Hello => Ok(()),
+            found => Err(WireError::Unexpected { found, expected: "hello" }),
+        })
     })?;
     let Some((frame, ())) = first else { return Ok(()) };
     let hello = Hello::from_frame(&frame).map_err(WireError::from)?;
@@ -240,10 +244,10 @@ fn converse<S: Read + Write>(
         handle.due_in(None);
         entry.note_refused(None);
         site.changed();
-        connection.send_message(&welcome)?;
+        pulse::outside(|| connection.send_message(&welcome))?;
         let mut copying = false;
         loop {
-            let received = connection.receive_admitted(|raw| {
+            let admit = |raw: &RawHeader| {
                 // Until the frame is done with: its body, and what it unpacks to.
                 let unpacked = match raw.kind() {
                     FrameKind::Data | FrameKind::SyncData => FRAME_PAYLOAD_BYTES_MAX,
@@ -252,12 +256,14 @@ fn converse<S: Read + Write>(
                 let grant = site.budget.take((raw.body_bytes() + unpacked) as u64);
                 handle.due_in(Some(FRAME_TIMEOUT));
                 Ok(grant)
-            })?;
+            };
+            let received = pulse::outside(|| connection.receive_admitted(admit))?;
             handle.due_in(None);
             let Some((frame, grant)) = received else {
                 // Either the peer closed, or this session was told to end.
                 return handle.ended().map_or(Ok(()), |told| Err(told.into()));
             };
+            entry.counts.received_bytes.fetch_add(frame.total_bytes(), Ordering::Relaxed);
             match frame.header.kind {
                 FrameKind::Data => seat.keeper.data(&frame)?,
                 FrameKind::SyncData if copying => seat.keeper.copy_data(&frame)?,
@@ -267,14 +273,15 @@ fn converse<S: Read + Write>(
                 }
                 FrameKind::Commit => {
                     let reply = seat.keeper.commit(&frame, &peer.key)?;
-                    connection.send_message(&reply)?;
+                    pulse::outside(|| connection.send_message(&reply))?;
+                    entry.counts.commits.fetch_add(1, Ordering::Relaxed);
                     site.committed(hello.server);
                 }
                 FrameKind::Request => {
                     // Digests ask for memory of their own; who waits must hold none.
                     drop(grant);
                     let reply = answer(site, &seat.keeper, &frame, &mut copying)?;
-                    connection.send_message(&reply)?;
+                    pulse::outside(|| connection.send_message(&reply))?;
                 }
                 found => {
                     let expected = "data, a commit or a request";

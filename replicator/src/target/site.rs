@@ -12,12 +12,14 @@ use super::entry::{Entry, Opened, Seat};
 use super::jobs::{Job, Jobs};
 use super::journal;
 use super::keeper::{Keeper, OpenError, VolumeSpec};
+use super::observation::Refusals;
 use super::points::{VolumeEpochs, complete_points, promotions};
 use super::promote::promote;
 use super::session::{Peer, SessionHandle};
 use super::space::Space;
 use super::state;
 use super::volume::{Verify, refuse, shrunk};
+use crate::pulse;
 use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{Epoch, ServerId, VolumeId};
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
@@ -50,7 +52,9 @@ type Entries = BTreeMap<(ServerId, VolumeId), Arc<Entry>>;
 pub struct Site {
     config: SiteConfig,
     pub(super) budget: Budget,
-    space: Arc<Space>,
+    pub(super) space: Arc<Space>,
+    /// Counted for metrics.
+    pub(super) refusals: Refusals,
     assignment: Mutex<Arc<TargetAssignment>>,
     entries: Mutex<Entries>,
     /// Servers whose promotion found no space, volumes that could not be opened: tried again.
@@ -69,6 +73,7 @@ impl Site {
     ) -> Self {
         let site = Self {
             budget: Budget::new(config.memory_bytes),
+            refusals: Refusals::default(),
             space: Arc::new(Space::new(config.reserve_bytes)),
             config,
             assignment: Mutex::new(Arc::new(TargetAssignment { version: 0, servers: vec![] })),
@@ -239,6 +244,7 @@ impl Site {
 
     /// Does jobs until [`Self::stop`]: the body of a worker thread.
     pub fn work(&self) {
+        let _joined = pulse::join("a promotion worker");
         while let Some(job) = self.jobs.next() {
             // A broken invariant costs the job, not the worker that serves all other volumes.
             if std::panic::catch_unwind(AssertUnwindSafe(|| self.run(job))).is_err() {
@@ -279,7 +285,8 @@ impl Site {
         }
         let spec = entry.spec();
         let below = below_store(server, volume);
-        let opened = Folder::create(&self.config.store, &below, &[journal::FOLDER])
+        let create = || Folder::create(&self.config.store, &below, &[journal::FOLDER]);
+        let opened = pulse::outside(create)
             .map_err(|cause| OpenError::Io { operation: "making its folder", cause })
             .and_then(|folder| {
                 let disk = Arc::new(folder);
@@ -312,6 +319,9 @@ impl Site {
             match promote(&keeper, wanted, &|| !self.stopping()) {
                 Ok(true) => {
                     tracing::debug!(%server, %volume, epoch = wanted.0, "epoch promoted");
+                    if let Some(entry) = self.entries().get(&(server, volume)) {
+                        entry.counts.promotions.fetch_add(1, Ordering::Relaxed);
+                    }
                     self.changed();
                 }
                 Ok(false) => {}
@@ -344,8 +354,16 @@ impl Site {
             volumes: all.iter().map(|((_, volume), entry)| entry.report(*volume)).collect(),
             points: points.collect(),
             // A store that cannot be asked has nothing to give.
-            free_bytes: free_bytes(&self.config.store).unwrap_or(0),
+            free_bytes: self.free_bytes().unwrap_or(0),
         }
+    }
+
+    /// How many volumes there are, have an agent, cannot go on here. Asks no disk.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        let all: Vec<_> =
+            self.all().iter().map(|((_, volume), entry)| entry.report(*volume)).collect();
+        let connected = all.iter().filter(|volume| volume.connected).count();
+        (all.len(), connected, all.iter().filter(|volume| volume.error.is_some()).count())
     }
 
     /// Ends sessions and workers.
@@ -363,7 +381,17 @@ impl Site {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn all(&self) -> Vec<((ServerId, VolumeId), Arc<Entry>)> {
+    /// Free space of the store, if it can be asked.
+    pub(super) fn free_bytes(&self) -> Option<u64> {
+        free_bytes(&self.config.store).ok()
+    }
+
+    /// The newest assignment.
+    pub(super) fn assignment(&self) -> Arc<TargetAssignment> {
+        self.lock_assignment().clone()
+    }
+
+    pub(super) fn all(&self) -> Vec<((ServerId, VolumeId), Arc<Entry>)> {
         self.entries().iter().map(|(key, entry)| (*key, entry.clone())).collect()
     }
 

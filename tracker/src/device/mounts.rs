@@ -46,9 +46,12 @@ pub(super) fn on(numbers: &BTreeSet<(u32, u32)>) -> io::Result<Vec<Mount>> {
             "btrfs" => btrfs(&line, numbers),
             _ => (numbers.contains(&line.number), format!("{:?}", line.number)),
         };
-        let visible = line.kind == "btrfs"
-            || fs::metadata(&line.path).is_ok_and(|meta| number(meta.dev()) == line.number);
-        if is_on && visible && seen.insert(same) {
+        // Asked only of ours: a dead network mount would never answer.
+        let is_visible = || {
+            line.kind == "btrfs"
+                || fs::metadata(&line.path).is_ok_and(|meta| number(meta.dev()) == line.number)
+        };
+        if is_on && is_visible() && seen.insert(same) {
             let freezable = FREEZABLE.contains(&line.kind.as_str());
             mounts.push(Mount { path: line.path, kind: line.kind, freezable });
         }
