@@ -5,12 +5,14 @@
 //! of their names, a later value replaces an earlier one and lists grow. An unknown key is an error
 //! that names file, line and the nearest known key; nothing starts on a half-understood file.
 
+mod check;
 mod document;
 mod paths;
 #[cfg(test)]
 mod tests;
 
-pub use document::ConfigError;
+pub use check::{Checked, Effective, check};
+pub use document::{ConfigError, Place};
 pub use paths::{DEFAULT_CONFIG_DIR, Paths};
 
 use crate::cli::units::{parse_bytes, parse_seconds};
@@ -92,9 +94,9 @@ pub struct AgentConfig {
 impl ControlConfig {
     /// Reads `control.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<ControlPart>(paths)?;
+        let mut said = gather::<ControlPart>(paths)?;
         let mut all = ControlPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             all = ControlPart {
                 listen: part.listen.or(all.listen),
                 store: part.store.or(all.store),
@@ -104,9 +106,9 @@ impl ControlConfig {
         let life =
             all.certificate_life.map_or(CERTIFICATE_LIFE_MAX, |Seconds(s)| Duration::from_secs(s));
         if life.is_zero() || life > CERTIFICATE_LIFE_MAX {
-            return Err(ConfigError::value(&main, "certificate_life", "more than 0, at most 30d"));
+            return Err(said.out_of_bounds("certificate_life", "more than 0, at most 30d"));
         }
-        let listen = all.listen.ok_or_else(|| ConfigError::missing(&main, "listen"))?;
+        let listen = all.listen.ok_or_else(|| said.missing("listen"))?;
         Ok(Self { listen, store: all.store, certificate_life: life })
     }
 }
@@ -114,9 +116,9 @@ impl ControlConfig {
 impl TargetConfig {
     /// Reads `target.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<TargetPart>(paths)?;
+        let mut said = gather::<TargetPart>(paths)?;
         let mut all = TargetPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             let mut device = all.device;
             device.extend(part.device);
             all = TargetPart {
@@ -128,10 +130,10 @@ impl TargetConfig {
                 device,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| said.missing(key);
         let memory_bytes = all.memory.map_or(TARGET_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(said.out_of_bounds("memory", "at least 16MiB"));
         }
         Ok(Self {
             store: all.store.ok_or_else(|| missing("store"))?,
@@ -147,9 +149,9 @@ impl TargetConfig {
 impl AgentConfig {
     /// Reads `agent.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<AgentPart>(paths)?;
+        let mut said = gather::<AgentPart>(paths)?;
         let mut all = AgentPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             let mut allow = all.allow;
             allow.extend(part.allow);
             all = AgentPart {
@@ -160,14 +162,14 @@ impl AgentConfig {
                 allow,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| said.missing(key);
         let memory_bytes = all.memory.map_or(AGENT_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(said.out_of_bounds("memory", "at least 16MiB"));
         }
         let workers = all.workers.unwrap_or(WORKERS);
         if !(1..=WORKERS_MAX).contains(&workers) {
-            return Err(ConfigError::value(&main, "workers", "1 to 64"));
+            return Err(said.out_of_bounds("workers", "1 to 64"));
         }
         Ok(Self {
             control: all.control.ok_or_else(|| missing("control"))?,

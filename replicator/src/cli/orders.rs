@@ -96,7 +96,7 @@ fn follow(
                 return Err(Failure::new(Exit::from_code(exit_code), message));
             }
             OrderState::Waiting => progress.at(0, "waiting for the agent"),
-            OrderState::Running { percent, note } => progress.at(percent, &note),
+            OrderState::Running { percent, note } => progress.at_with_left(percent, &note),
         }
         wait = POLL_MAX.min(progress.step());
         if let Some(deadline) = deadline {

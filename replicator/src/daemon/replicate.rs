@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Below this lie the pins of all agents, each under its server's id.
-const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
+pub const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(paths: &Paths) -> Result<(), Failure> {

@@ -283,8 +283,8 @@ impl Thread {
                     self.withdraw(&volume);
                     tracker = ebpf;
                 }
-                Err(reason) => {
-                    self.face.phase(VolumePhase::Stopped, reason);
+                Err((code, reason)) => {
+                    self.face.phase(VolumePhase::Stopped, code, reason);
                     self.ending.bell.wait(REFUSED_EVERY);
                 }
             }
