@@ -87,7 +87,9 @@ impl Reports {
             counts.clear();
         }
         counts.push_back(Count { at: now, sent, done });
-        while counts.front().is_some_and(|first| status::seconds_since(first.at, now) > SPEED_SECONDS)
+        while counts
+            .front()
+            .is_some_and(|first| status::seconds_since(first.at, now) > SPEED_SECONDS)
         {
             counts.pop_front();
         }

@@ -323,8 +323,11 @@ fn following(
     let Some(loss) = loss_seconds else {
         return match known.points.last() {
             Some(fuzzy) => {
-                let reason =
-                    format!("no point is exact yet (the newest: {}); {}", fuzzy.reason, explain(""));
+                let reason = format!(
+                    "no point is exact yet (the newest: {}); {}",
+                    fuzzy.reason,
+                    explain("")
+                );
                 told(State::Behind, code(Reason::NoExactPoint), reason)
             }
             None => {

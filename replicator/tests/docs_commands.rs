@@ -7,8 +7,12 @@ use secondsite_control::codes::{Reason, State};
 use std::path::{Path, PathBuf};
 
 /// What stands for a value in documentation, and a value that may stand there.
-const PLACEHOLDERS: &[(&str, &str)] =
-    &[("ADDR:PORT", "dr1:7443"), ("HOST:PORT", "dr1:7443"), ("NEW-NAME", "db2"), ("ss1_…", "ss1_x")];
+const PLACEHOLDERS: &[(&str, &str)] = &[
+    ("ADDR:PORT", "dr1:7443"),
+    ("HOST:PORT", "dr1:7443"),
+    ("NEW-NAME", "db2"),
+    ("ss1_…", "ss1_x"),
+];
 
 /// Splits at blanks; a comment, or a gap of two blanks, ends the command.
 fn words(command: &str) -> Vec<String> {

@@ -104,9 +104,8 @@ pub(super) async fn status(deployment: &Deployment, name: Option<&str>) -> Resul
         targets.iter().filter_map(|target| target_warning(target, &reports, now)).collect();
     let ending = certificates.iter().filter_map(|row| certificate_warning(row, &everybody, now));
     warnings.extend(ending);
-    let row = |row: &Server| {
-        server_status(row, &volumes, &reports, decided.get(&row.name).copied(), now)
-    };
+    let row =
+        |row: &Server| server_status(row, &volumes, &reports, decided.get(&row.name).copied(), now);
     let servers = rows.iter().map(row).collect();
     Ok(Status { schema_version: SCHEMA_VERSION, servers, warnings })
 }

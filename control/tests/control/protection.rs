@@ -261,7 +261,10 @@ async fn codes_since_speed_and_percent() {
     };
     let row = copying(0, Some(0), 0).await;
     assert_eq!((row.state, row.code), (State::FirstCopy, Some(Reason::FirstCopyRunning)));
-    assert_eq!((row.percent, row.left_seconds, row.sending_bytes_per_second), (Some(0), None, None));
+    assert_eq!(
+        (row.percent, row.left_seconds, row.sending_bytes_per_second),
+        (Some(0), None, None)
+    );
     let since = at(&row.since);
     site.clock.advance(Duration::from_secs(10));
     let row = copying(1 << 27, Some(1 << 29), 5 << 20).await;
@@ -278,7 +281,10 @@ async fn codes_since_speed_and_percent() {
     report.volumes[1].reason = "no space left".to_owned();
     db1.client.agent_report(&report).await.unwrap();
     let row = server().await;
-    assert_eq!((row.state, row.code, row.percent), (State::Waiting, Some(Reason::TargetFull), None));
+    assert_eq!(
+        (row.state, row.code, row.percent),
+        (State::Waiting, Some(Reason::TargetFull), None)
+    );
     assert!(at(&row.since) > since);
     site.clock.advance(Duration::from_secs(16));
     let row = server().await;

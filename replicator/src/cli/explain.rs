@@ -41,12 +41,12 @@ pub(super) fn run(context: &Context, args: &ExplainArgs) -> Result<(), Failure> 
             servers.chain(status.warnings.iter().map(of_warning)).collect()
         }
         Some(name) => {
-            let status = operator.ask(|control| control.server_status(name)).map_err(|failure| {
-                match failure.exit {
+            let status = operator.ask(|control| control.server_status(name)).map_err(
+                |failure| match failure.exit {
                     Exit::Usage => failure.hint(context.command("explain --list")),
                     _ => failure,
-                }
-            })?;
+                },
+            )?;
             let mut entries = Vec::new();
             for server in &status.servers {
                 match &args.volume {
@@ -221,8 +221,7 @@ fn one_volume(
         super::units::bytes(volume.backlog_bytes)
     );
     let words = (State::Protected.code(), "following".into());
-    let entry =
-        Entry::new(&subject, &server.name, words, &detail, State::Protected.explanation());
+    let entry = Entry::new(&subject, &server.name, words, &detail, State::Protected.explanation());
     Ok(vec![entry.since(volume.since.as_deref(), now)])
 }
 

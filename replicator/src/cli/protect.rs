@@ -112,7 +112,10 @@ fn wait(context: &Context, operator: &Operator, server: &str) -> Result<(), Fail
     };
     progress.finish();
     if result.is_ok() {
-        output::talk(&format!("{server} has its first recovery point.   {}", context.command(&format!("points {server}"))));
+        output::talk(&format!(
+            "{server} has its first recovery point.   {}",
+            context.command(&format!("points {server}"))
+        ));
     }
     result
 }

@@ -144,12 +144,6 @@ impl Values for AgentConfig {
     }
     fn values(&self, _paths: &Paths) -> Vec<String> {
         let Self { control, name, memory_bytes, workers, allow } = self;
-        vec![
-            control.clone(),
-            name.clone(),
-            bytes(*memory_bytes),
-            workers.to_string(),
-            list(allow),
-        ]
+        vec![control.clone(), name.clone(), bytes(*memory_bytes), workers.to_string(), list(allow)]
     }
 }

@@ -80,10 +80,7 @@ fn choose(
             tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
-            Ok((
-                Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })),
-                None,
-            ))
+            Ok((Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })), None))
         }
         Err(why) if assigned.tracker == TrackerChoice::Ebpf => Err((
             Reason::TrackerUnavailable,

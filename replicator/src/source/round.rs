@@ -432,10 +432,9 @@ impl Round {
             let consistency = if exact { Consistency::Crash } else { Consistency::Fuzzy };
             let fuzzy = match (volume.compare_only, exact) {
                 (true, _) | (_, true) => None,
-                _ => Some((
-                    Reason::LastPointFuzzy,
-                    format!("the last point is fuzzy: {}", self.why),
-                )),
+                _ => {
+                    Some((Reason::LastPointFuzzy, format!("the last point is fuzzy: {}", self.why)))
+                }
             };
             volume.face.update(|status| status.fuzzy = fuzzy);
             volume.give(Task::Ship(Box::new(Verdict {

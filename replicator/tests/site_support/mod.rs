@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub struct Site {
-    dir: tempfile::TempDir,
+    pub dir: tempfile::TempDir,
     pub listen: String,
 }
 

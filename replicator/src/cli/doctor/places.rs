@@ -61,7 +61,9 @@ fn folder(check: &'static str, dir: &Path, secret: bool, findings: &mut Findings
         Ok(facts) => facts,
         // It is made when it is needed.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
-        Err(error) => return findings.fail(check, format!("{shown}: {error}"), "sudo secondsite doctor"),
+        Err(error) => {
+            return findings.fail(check, format!("{shown}: {error}"), "sudo secondsite doctor");
+        }
     };
     let mode = facts.mode() & 0o7777;
     let forbidden = if secret { 0o077 } else { 0o022 };
@@ -94,7 +96,9 @@ fn keys(pki: &Path, findings: &mut Findings) {
                 findings.fail("key", text, format!("chmod 600 {shown}"));
             }
             Ok(_) => {}
-            Err(error) => findings.fail("key", format!("{shown}: {error}"), "sudo secondsite doctor"),
+            Err(error) => {
+                findings.fail("key", format!("{shown}: {error}"), "sudo secondsite doctor")
+            }
         }
     }
 }
@@ -119,7 +123,9 @@ fn certificates(context: &Context, findings: &mut Findings) {
                 "secondsite token on control's host, then here: secondsite join ADDR:PORT --token -",
                 "systemctl status secondsite-replicate",
             ),
-            CONTROL => ("systemctl restart secondsite-control", "systemctl restart secondsite-control"),
+            CONTROL => {
+                ("systemctl restart secondsite-control", "systemctl restart secondsite-control")
+            }
             TARGET => ("secondsite setup --store DIR", "systemctl status secondsite-target"),
             _ => ("secondsite setup --store DIR", "secondsite status"),
         };
@@ -127,7 +133,9 @@ fn certificates(context: &Context, findings: &mut Findings) {
             Ok(identity) => identity,
             // Control makes its own when it starts; a second site with its roles on two hosts has
             // no operator on the target's.
-            Err(_) if name == CONTROL && !context.paths.pki.join("control.pem").exists() => continue,
+            Err(_) if name == CONTROL && !context.paths.pki.join("control.pem").exists() => {
+                continue;
+            }
             Err(error) => {
                 findings.fail("certificate", format!("{name}: {error:#}"), again);
                 continue;

@@ -31,9 +31,11 @@ fn pins(context: &Context, root: &Path, findings: &mut Findings) {
     let (mut adopted, mut orphaned) = (0, 0);
     for server in folders(root) {
         for volume in folders(&server) {
-            let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name =
+                |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let ours = assignment.as_ref().filter(|ours| ours.server_id == name(&server));
-            let known = ours.is_some_and(|ours| ours.volumes.iter().any(|one| one.id == name(&volume)));
+            let known =
+                ours.is_some_and(|ours| ours.volumes.iter().any(|one| one.id == name(&volume)));
             if known {
                 adopted += 1;
                 continue;
@@ -48,13 +50,17 @@ fn pins(context: &Context, root: &Path, findings: &mut Findings) {
         }
     }
     if orphaned == 0 {
-        findings.ok("pins", format!("{adopted} volumes are marked in the kernel, nothing is left over"));
+        findings.ok(
+            "pins",
+            format!("{adopted} volumes are marked in the kernel, nothing is left over"),
+        );
     }
 }
 
 fn folders(dir: &Path) -> Vec<std::path::PathBuf> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut paths: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    let mut paths: Vec<_> =
+        entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
     paths.sort();
     paths
 }
@@ -93,5 +99,47 @@ fn cut(device: &InventoryDevice) -> String {
         (true, _) => "cut when quiet".into(),
         (_, true) => "cut when quiet, else by freeze".into(),
         _ => format!("cut when quiet only: {} cannot be frozen", stubborn.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Findings, Level};
+    use super::pins;
+    use crate::cli::Context;
+    use crate::config::Paths;
+    use crate::daemon::agent_side::ASSIGNMENT;
+    use crate::daemon::state::StateDir;
+    use serde_json::json;
+
+    #[test]
+    fn pins_of_nobody_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::of(dir.path());
+        let assignment = json!({
+            "version": 1, "server_id": "s1", "server_name": "db1", "target": null,
+            "goal_seconds": 30, "volumes": [{ "id": "v1", "name": "sda", "path": "/dev/sda",
+                "size_bytes": 1, "tracker": "auto", "block_bytes": 4096 }],
+        });
+        StateDir::open(&paths.state, "agent").unwrap().write(ASSIGNMENT, &assignment).unwrap();
+        let context = Context { paths, json: false, yes: false };
+        let root = dir.path().join("bpf");
+        let look = || {
+            let mut findings = Findings::default();
+            pins(&context, &root, &mut findings);
+            findings.checks
+        };
+        std::fs::create_dir_all(root.join("s1/v1")).unwrap();
+        let fine = look();
+        assert_eq!((fine.len(), fine[0].level), (1, Level::Ok));
+        assert!(fine[0].text.starts_with("1 volumes"), "{}", fine[0].text);
+        std::fs::create_dir_all(root.join("s1/v2")).unwrap();
+        std::fs::create_dir_all(root.join("s2/v1")).unwrap();
+        let left_over = look();
+        let texts: Vec<&str> = left_over.iter().map(|check| check.text.as_str()).collect();
+        assert_eq!(texts.len(), 2, "{texts:?}");
+        assert!(texts[0].contains("s1/v2 marks for a volume that is not protected"), "{texts:?}");
+        assert!(texts[1].contains("s2/v1 belongs to no agent"), "{texts:?}");
+        assert!(left_over.iter().all(|check| check.remedy.contains("rm -r ")));
     }
 }
