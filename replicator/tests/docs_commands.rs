@@ -48,7 +48,9 @@ fn commands(text: &str) -> Vec<String> {
             found.extend(line.split('`').skip(1).step_by(2).map(str::to_string));
         }
     }
-    found.retain(|command| command.starts_with("secondsite "));
+    // A drawing is no command.
+    let drawn = |letter: char| ('\u{2500}'..'\u{2600}').contains(&letter);
+    found.retain(|command| command.starts_with("secondsite ") && !command.contains(drawn));
     found
 }
 

@@ -59,7 +59,8 @@ impl Stage {
         site.ends("db1", &["join", &site.listen, "--token", token, "--name", "db1"], 0);
         let (agent, role) = client(&site, "db1", "agent");
         let Role::Agent(server_id) = role else { panic!("{role:?}") };
-        agent.run(|agent| agent.agent_inventory(&[disk("sda")])).unwrap();
+        let inventory = [disk("sda")];
+        agent.run(|agent| agent.agent_inventory(&inventory)).unwrap();
         let (target, _) = client(&site, "dr", "target");
         let stage = Self { site, control, agent, target, server_id };
         stage.target_says(&[]);
@@ -198,8 +199,8 @@ fn states_as_people_see_them() {
     let expected = "\
 db1: BEHIND, target-full since # (# s)
   now    newest exact point # s ago; sda: no space left at /srv. Loss if it died now: # s · # MiB.
-  means  The target's store has no room for more: what promotion may still write is kept free, and
-         the reserve of target.toml.
+  means  The target's store has no room for more: what promotion may still write is kept free, and the
+         reserve of target.toml.
   safe   Points that are there stay, and can still be promoted. Writes are marked and follow when
          there is room; nothing is lost while the server lives.
   type   on the second site: how much is free:   df -h /srv/secondsite
@@ -224,7 +225,7 @@ db1: BEHIND, target-full since # (# s)
 
     stage.agent_says(VolumePhase::Following, |_| {});
     stage.target_says(&[4]);
-    status("db1 protected # s · # MiB #s -", "");
+    status("db1 protected # s · # MiB #s waits for a cut", "");
     let (_, _, talk) = stage.says("dr", &["explain"]);
     assert_eq!(talk, "Nothing needs attention.\n");
 }
@@ -409,7 +410,7 @@ fn the_doctor_finds_what_is_wrong_and_changes_nothing() {
         find(checks, name, text)["level"].as_str().unwrap().to_owned()
     };
     assert_eq!(level(&site, "config", "control, target"), "ok");
-    assert_eq!(level(&site, "certificate", "operator: good for 30 d"), "ok");
+    assert_eq!(level(&site, "certificate", "operator: good for 29 d"), "ok");
     assert_eq!(level(&site, "control", "answers the operator"), "ok");
     assert_eq!(level(&site, "daemon", "control runs"), "ok");
     assert_eq!(level(&site, "daemon", "target does not run"), "warn");

@@ -308,8 +308,8 @@ mod tests {
 app3: BEHIND, target-full since 2026-11-21T10:36:32Z (7 min)
   now    newest exact point 7 min ago; sda: no space left at /srv/secondsite. Loss if it died now: 7
          min · 4 KiB.
-  means  The target's store has no room for more: what promotion may still write is kept free, and
-         the reserve of target.toml.
+  means  The target's store has no room for more: what promotion may still write is kept free, and the
+         reserve of target.toml.
   safe   Points that are there stay, and can still be promoted. Writes are marked and follow when
          there is room; nothing is lost while the server lives.
   type   on the second site: how much is free:   df -h /srv/secondsite

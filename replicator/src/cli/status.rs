@@ -163,7 +163,7 @@ fn to_target(server: &ServerStatus) -> String {
         (State::Joined | State::Unprotected, _) => "off".into(),
         (_, None) => "-".into(),
         (_, Some(speed)) if speed < 1.0 && server.backlog_bytes == 0 => "idle".into(),
-        (_, Some(speed)) if speed < 1.0 => "waits for a cut".into(),
+        (State::Protected, Some(speed)) if speed < 1.0 => "waits for a cut".into(),
         (_, Some(speed)) => rate(speed),
     }
 }

@@ -50,17 +50,20 @@ fn one_look() {
     web1.sending_bytes_per_second = Some(0.6e6);
     let mut web2 = server("web2", State::Protected);
     (web2.loss_seconds, web2.sending_bytes_per_second) = (Some(4.2), Some(0.0));
+    let mut web3 = web2.clone();
+    (web3.name, web3.backlog_bytes) = ("web3".into(), 4096);
     let mut app3 = server("app3", State::Behind);
     (app3.loss_seconds, app3.backlog_bytes) = (Some(430.0), 6_657_199_309);
     (app3.goal_seconds, app3.sending_bytes_per_second) = (60, Some(6e6));
     let new = server("new", State::Joined);
-    let servers = [db1, db2, web1, web2, app3, new];
+    let servers = [db1, db2, web1, web2, web3, app3, new];
     let expected = "\
 SERVER  STATE                        LOSS IF IT DIED NOW  GOAL  TO TARGET
 db1     first copy 34 %, 12 min      no point yet         30s   98 MB/s
-db2     first copy 0 %, calculating  no point yet         30s   waits for a cut
+db2     first copy 0 %, calculating  no point yet         30s   0.0 MB/s
 web1    protected                    4 s · 1.2 MiB        30s   0.6 MB/s
 web2    protected                    4 s · nothing waits  30s   idle
+web3    protected                    4 s · 4 KiB          30s   waits for a cut
 app3    BEHIND                       7 min · 6.2 GiB      1min  6.0 MB/s
 new     joined                       everything           30s   off
 ";

@@ -112,6 +112,7 @@ impl Daemon {
         panic!("never said {what}");
     }
 
+    #[allow(dead_code, reason = "not every test file uses it")]
     pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
