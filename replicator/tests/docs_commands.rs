@@ -35,7 +35,8 @@ fn parses(command: &str) -> Result<(), String> {
     }
 }
 
-/// Commands in fenced blocks (at the start of a line) and between backquotes.
+/// Commands in fenced blocks (at the start of a line) and between backquotes. In a sentence a
+/// command may be named without its arguments, as in `secondsite check`.
 fn commands(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut fenced = false;
@@ -45,13 +46,21 @@ fn commands(text: &str) -> Vec<String> {
         } else if fenced {
             found.push(line.trim().to_string());
         } else {
-            found.extend(line.split('`').skip(1).step_by(2).map(str::to_string));
+            let spans = line.split('`').skip(1).step_by(2).map(str::to_string);
+            found.extend(spans.filter(|span| !is_name(span)));
         }
     }
     // A drawing is no command.
     let drawn = |letter: char| ('\u{2500}'..'\u{2600}').contains(&letter);
     found.retain(|command| command.starts_with("secondsite ") && !command.contains(drawn));
     found
+}
+
+/// The program and one of its subcommands, without anything else.
+fn is_name(span: &str) -> bool {
+    use clap::CommandFactory;
+    let known = |name| Cli::command().find_subcommand(name).is_some();
+    matches!(words(span).as_slice(), [_, name] if known(name))
 }
 
 fn documents() -> Vec<PathBuf> {
