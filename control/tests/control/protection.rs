@@ -273,6 +273,8 @@ async fn codes_since_speed_and_percent() {
     assert!((20.0..23.0).contains(&left), "{left}");
     assert!((480_000.0..530_000.0).contains(&speed), "{speed}");
     // One is through: the whole does not fall.
+    let row = copying(1 << 27, None, 6 << 20).await;
+    assert_eq!(row.percent, Some(56));
     let row = copying((1 << 30) - 1, None, 6 << 20).await;
     assert_eq!(row.percent, Some(99), "full only when it is");
     site.clock.advance(Duration::from_secs(3));
