@@ -97,7 +97,8 @@ fn wait(context: &Context, operator: &Operator, server: &str) -> Result<(), Fail
                 if row.loss_seconds.is_none()
                     && matches!(row.code, Some(Reason::CompareAsked | Reason::CompareNoEbpf)) =>
             {
-                break Ok(output::talk(&format!("{server}: {}   {explain}", row.reason)));
+                output::talk(&format!("{server}: {}   {explain}", row.reason));
+                break Ok(());
             }
             _ => {}
         }
