@@ -38,8 +38,14 @@ impl Random {
     /// Fills `bytes`.
     pub fn fill(&mut self, kind: Kind, bytes: &mut [u8]) {
         const WORDS: [&[u8; 8]; 8] = [
-            b"block   ", b"volume  ", b"epoch   ", b"cut id  ", b"journal ", b"replica ",
-            b"point\n  ", b"of the  ",
+            b"block   ",
+            b"volume  ",
+            b"epoch   ",
+            b"cut id  ",
+            b"journal ",
+            b"replica ",
+            b"point\n  ",
+            b"of the  ",
         ];
         for (i, word) in bytes.chunks_mut(8).enumerate() {
             let next = self.next();

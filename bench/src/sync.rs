@@ -192,7 +192,8 @@ fn shell(script: &str, device: &Path, copy: &Path, folder: &Path) -> Result<f64>
         .context("bash")?;
     let seconds = begun.elapsed().as_secs_f64();
     let copied = std::fs::metadata(copy).map(|meta| meta.len()).unwrap_or(0);
-    let whole = File::open(device).and_then(|mut d| std::io::Seek::seek(&mut d, std::io::SeekFrom::End(0)))?;
+    let whole = File::open(device)
+        .and_then(|mut d| std::io::Seek::seek(&mut d, std::io::SeekFrom::End(0)))?;
     ensure!(
         copied == whole,
         "{copied} of {whole} bytes were copied by: {script}\n{} (needs the packages lz4, netcat-openbsd, iproute2, nbdkit, libnbd-bin; --alone leaves them out)",

@@ -14,6 +14,7 @@ use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions};
 use sqlx::sqlite::{SqliteConnection, SqliteSynchronous};
 use sqlx::{Connection, Sqlite, Transaction};
+use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -167,6 +168,20 @@ pub(crate) async fn audit(
         .execute(db)
         .await?;
     Ok(())
+}
+
+/// When a server joined, was protected, unprotected or revoked last, by name; null where the record
+/// does not say.
+pub(crate) async fn decided(db: &mut SqliteConnection) -> Result<HashMap<String, Timestamp>> {
+    let rows: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT servers.name, MAX(audit.at_ns) FROM servers JOIN audit
+         ON audit.what IN ('joined as ' || name, 'unprotected ' || name, 'revoked ' || name)
+             OR substr(audit.what, 1, length(name) + 11) = 'protected ' || name || ':'
+         GROUP BY servers.name",
+    )
+    .fetch_all(db)
+    .await?;
+    Ok(rows.into_iter().map(|(name, at)| (name, timestamp(at))).collect())
 }
 
 /// A time as the store keeps it.

@@ -208,6 +208,11 @@ fn check_store(store: &Path, dry_run: bool) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The kind of file system that a folder is on.
+pub(super) fn kind_of(dir: &Path) -> nix::Result<&'static str> {
+    Ok(kind(statfs(dir)?.filesystem_type()))
+}
+
 fn kind(magic: FsType) -> &'static str {
     match magic {
         EXT4_SUPER_MAGIC => "ext4",

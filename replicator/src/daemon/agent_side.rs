@@ -14,6 +14,7 @@ use secondsite_control::api::{
     AgentAssignment, AgentReport, InventoryDevice, VolumeAssignment, VolumePhase, VolumeReport,
 };
 use secondsite_control::client::Client;
+use secondsite_control::codes::Reason;
 use secondsite_control::pki::Identity;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -152,10 +153,10 @@ impl AgentSide {
         inner.refused.clear();
         assignment.volumes.retain(|volume| match refusal(volume, &inner.enrolment, &self.allow) {
             None => true,
-            Some(why) => {
+            Some((code, why)) => {
                 let (id, name, path) = (&volume.id, &volume.name, &volume.path);
                 tracing::error!(volume = id, name, path, "{why}");
-                inner.refused.push(refused_volume(volume, why));
+                inner.refused.push(refused_volume(volume, code, why));
                 false
             }
         });
@@ -258,21 +259,30 @@ impl Side for AgentSide {
 }
 
 /// Why a volume that control chose is not opened.
-fn refusal(volume: &VolumeAssignment, enrolment: &Enrolment, allow: &[PathBuf]) -> Option<String> {
+fn refusal(
+    volume: &VolumeAssignment,
+    enrolment: &Enrolment,
+    allow: &[PathBuf],
+) -> Option<(Reason, &'static str)> {
     if !enrolment.offered.contains(&volume.path) {
-        return Some("this agent never offered this device; it is not opened".into());
+        let why = "this agent never offered this device; it is not opened";
+        return Some((Reason::DeviceNotOffered, why));
     }
-    (!inventory::allows(allow, Path::new(&volume.path)))
-        .then(|| "not in the `allow` list of agent.toml; it is not opened".into())
+    (!inventory::allows(allow, Path::new(&volume.path))).then_some((
+        Reason::DeviceNotAllowed,
+        "not in the `allow` list of agent.toml; it is not opened",
+    ))
 }
 
-fn refused_volume(volume: &VolumeAssignment, reason: String) -> VolumeReport {
+fn refused_volume(volume: &VolumeAssignment, code: Reason, reason: &str) -> VolumeReport {
     VolumeReport {
         id: volume.id.clone(),
         phase: VolumePhase::Stopped,
-        reason,
+        reason: reason.into(),
+        code: Some(code),
         tracker: "none".into(),
         tracker_reason: String::new(),
+        tracker_code: None,
         cut: "none".into(),
         progress_bytes: None,
         backlog_bytes: 0,
@@ -282,7 +292,7 @@ fn refused_volume(volume: &VolumeAssignment, reason: String) -> VolumeReport {
 }
 
 /// A target that listens on every address of control's host is dialled where control is.
-fn reachable(target: &str, control: &str) -> String {
+pub fn reachable(target: &str, control: &str) -> String {
     let unspecified = ["0.0.0.0:", "[::]:"].iter().find_map(|any| target.strip_prefix(any));
     match (unspecified, control.rsplit_once(':')) {
         (Some(port), Some((host, _))) => format!("{host}:{port}"),

@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Below this lie the pins of all agents, each under its server's id.
-const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
+pub const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {

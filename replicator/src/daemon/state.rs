@@ -17,6 +17,15 @@ const FORMAT: u64 = 1;
 const FORMAT_KEY: &str = "format";
 const CONTENT_KEY: &str = "content";
 
+/// Reads a document of a role without making its folder; none if it was never written.
+pub fn peek<T: DeserializeOwned>(
+    state: &Path,
+    role: &str,
+    name: &str,
+) -> Result<Option<T>, Failure> {
+    StateDir { dir: state.join(role) }.read(name)
+}
+
 /// The state folder of one role.
 #[derive(Debug, Clone)]
 pub struct StateDir {

@@ -10,6 +10,7 @@ use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
 use crate::source::stream::encode;
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::{CutId, Epoch, SyncId};
 use secondsite_format::message::{Reply, Request};
@@ -55,6 +56,7 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::FirstCopy;
             status.progress = Some((at, total));
+            status.code = Some(Reason::FirstCopyRunning);
             status.reason =
                 "the first copy is on its way; there is a recovery point when it is complete"
                     .into();

@@ -23,6 +23,8 @@ const TARGET_NAME: &str = "target.secondsite.internal";
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// How long an answer may take: the longest is a commit with its fsync.
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
+/// How long a handshake that only asks may stand still.
+const REACH_LIMIT: Duration = Duration::from_secs(5);
 /// How long a send may stand still.
 const SEND_LIMIT: Duration = Duration::from_secs(30);
 /// How long the last message of a session may take to be handed to the kernel.
@@ -157,6 +159,16 @@ fn handshake(mut stream: TcpStream, identity: &Identity) -> anyhow::Result<Tls> 
         Role::Target(_) => Ok(StreamOwned::new(tls, stream)),
         other => anyhow::bail!("the peer is no target, its certificate says {other:?}"),
     }
+}
+
+/// Connects to a target as an agent would and says nothing: whether it is there and believes us.
+pub fn reach(target: &str, identity: &Identity) -> Result<(), String> {
+    let stream = connect(target).map_err(|error| error.to_string())?;
+    let tls = stream
+        .set_read_timeout(Some(REACH_LIMIT))
+        .map_err(anyhow::Error::from)
+        .and_then(|()| handshake(stream, identity));
+    tls.map(drop).map_err(|error| format!("{error:#}"))
 }
 
 struct TlsLink {

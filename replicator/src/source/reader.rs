@@ -301,7 +301,9 @@ impl RingDisk {
         let (path, before) = (self.device.path.clone(), self.device.size_bytes);
         match now.size_bytes.cmp(&before) {
             std::cmp::Ordering::Equal => {}
-            std::cmp::Ordering::Less => return Err(DiskError::Shrunk { path, before, now: now.size_bytes }),
+            std::cmp::Ordering::Less => {
+                return Err(DiskError::Shrunk { path, before, now: now.size_bytes });
+            }
             std::cmp::Ordering::Greater => {
                 return Err(DiskError::Grown { path, before, now: now.size_bytes });
             }

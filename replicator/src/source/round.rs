@@ -9,6 +9,7 @@ use crate::source::buffers::{BUFFER_BYTES, Memory};
 use crate::source::proof::{Doubt, last_pass, prove, set_aside};
 use crate::source::seams::{Env, Freeze};
 use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume};
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use std::path::PathBuf;
@@ -431,8 +432,10 @@ impl Round {
                 if volume.compare_only { (CutMethod::Compare, false) } else { (method, exact) };
             let consistency = if exact { Consistency::Crash } else { Consistency::Fuzzy };
             let fuzzy = match (volume.compare_only, exact) {
-                (true, _) | (_, true) => String::new(),
-                _ => format!("the last point is fuzzy: {}", self.why),
+                (true, _) | (_, true) => None,
+                _ => {
+                    Some((Reason::LastPointFuzzy, format!("the last point is fuzzy: {}", self.why)))
+                }
             };
             volume.face.update(|status| status.fuzzy = fuzzy);
             volume.give(Task::Ship(Box::new(Verdict {

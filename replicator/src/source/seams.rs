@@ -4,6 +4,7 @@
 //! Nothing above this module makes a system call; nothing below it decides anything.
 
 use crate::source::buffers::Buffer;
+use secondsite_control::codes::Reason;
 use secondsite_format::frame::Frame;
 use secondsite_format::manifest::{PUBLIC_KEY_BYTES, SIGNATURE_BYTES};
 use secondsite_format::message::{Hello, Refusal, Reply, Welcome};
@@ -89,6 +90,18 @@ pub enum DiskError {
         /// Its error.
         cause: String,
     },
+}
+
+impl DiskError {
+    /// Its code for people.
+    pub fn code(&self) -> Reason {
+        match self {
+            Self::Gone { .. } => Reason::DeviceGone,
+            Self::Grown { .. } => Reason::DeviceGrown,
+            Self::Shrunk { .. } => Reason::DeviceShrunk,
+            Self::System { .. } => Reason::DeviceUnreadable,
+        }
+    }
 }
 
 /// The volume, for reading. Batches complete in any order; an unreadable block is no error.

@@ -15,6 +15,7 @@ use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
 use crate::source::verify::Verify;
 use crate::source::volume::{Outcome, Task, VerifyState, Volume};
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
 use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
 use std::sync::Arc;
@@ -333,14 +334,16 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Following;
             status.progress = None;
-            status.reason = if status.give_ups >= GIVE_UPS_ALARM {
-                format!(
+            let why = if status.give_ups >= GIVE_UPS_ALARM {
+                let reason = format!(
                     "{} epochs in a row could not be finished: see the agent's log, and check the network and the target's space",
                     status.give_ups
-                )
+                );
+                Some((Reason::EpochsGivenUp, reason))
             } else {
                 status.fuzzy.clone()
             };
+            (status.code, status.reason) = why.map_or_else(Default::default, |(code, reason)| (Some(code), reason));
         });
         self.settle();
     }
@@ -458,6 +461,7 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Comparing;
             status.progress = Some(compare.progress());
+            status.code = Some(Reason::MarksInDoubt);
             status.reason =
                 format!("{}; source and target are compared, only differences travel", self.doubt);
         });
@@ -528,9 +532,9 @@ impl Shipper {
                 self.grown = matches!(error, DiskError::Grown { .. });
                 if self.grown {
                     tracing::info!(volume = %self.volume.face.name, %error, "opened anew");
-                    self.away(error.to_string(), now);
+                    self.away(error.code(), error.to_string(), now);
                 } else {
-                    self.stopped(error.to_string(), now);
+                    self.stopped(error.code(), error.to_string(), now);
                 }
                 self.lost_disk = true;
             }
@@ -545,14 +549,16 @@ impl Shipper {
                     self.give_up("the target refused the epoch");
                 }
                 if refusal.code.retry() {
-                    self.away(format!("the target refuses for now: {}", refusal.message), now);
+                    let why = format!("the target refuses for now: {}", refusal.message);
+                    self.away(refused(refusal.code), why, now);
                 } else {
-                    self.stopped(refusal.message, now);
+                    self.stopped(refused(refusal.code), refusal.message, now);
                 }
             }
             StepError::Link(error) => {
                 self.hang_up(now);
                 self.away(
+                    Reason::NoSession,
                     format!("no session with the target ({error}); it is tried again by itself"),
                     now,
                 );
@@ -575,15 +581,32 @@ impl Shipper {
         }
     }
 
-    fn away(&mut self, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Connecting, reason);
+    fn away(&mut self, code: Reason, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Connecting, code, reason);
         self.dial_at = now + self.backoff.next(&self.commons.env.random());
         self.volume.coordinator.ring();
     }
 
-    fn stopped(&mut self, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Stopped, reason);
+    fn stopped(&mut self, code: Reason, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Stopped, code, reason);
         self.dial_at = now + REFUSED_EVERY;
         self.volume.coordinator.ring();
+    }
+}
+
+/// What a refusal of the target means for the volume.
+fn refused(code: RefusalCode) -> Reason {
+    match code {
+        RefusalCode::Protocol => Reason::VersionMismatch,
+        RefusalCode::NotAllowed => Reason::NotAssigned,
+        RefusalCode::OtherMachine => Reason::OtherMachine,
+        RefusalCode::Mismatch => Reason::VolumeMismatch,
+        RefusalCode::OutOfOrder | RefusalCode::Malformed | RefusalCode::Unproven => {
+            Reason::EpochRefused
+        }
+        RefusalCode::NoSpace => Reason::TargetFull,
+        RefusalCode::Storage => Reason::TargetStorage,
+        RefusalCode::Replaced => Reason::SessionReplaced,
+        RefusalCode::Stopping => Reason::TargetRestarting,
     }
 }

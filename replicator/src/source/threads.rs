@@ -299,12 +299,12 @@ impl Thread {
                     }
                     tracker = ebpf;
                 }
-                Err(reason) => {
+                Err((code, reason)) => {
                     if self.face.status().reason != reason {
                         let (volume, name) = (&self.assigned.id, &self.assigned.name);
                         tracing::error!(volume, name, "stopped: {reason}");
                     }
-                    self.face.phase(VolumePhase::Stopped, reason);
+                    self.face.phase(VolumePhase::Stopped, code, reason);
                     self.ending.bell.wait(REOPEN_EVERY);
                 }
             }
