@@ -166,6 +166,9 @@ impl StateRecord {
 
     /// Reads it, if there is one.
     pub fn load(disk: &dyn Disk) -> Result<Option<Self>, StateError> {
+        // A process before this one may have ended between giving the file its name and making
+        // that durable. What is acted on must not go with the power.
+        disk.sync_names("")?;
         let Some(bytes) = disk.read(FILE, FILE_BYTES_MAX)? else { return Ok(None) };
         let value: serde_json::Value = serde_json::from_slice(&bytes)?;
         match value["format"].as_u64() {

@@ -92,8 +92,10 @@ impl Remote {
                     wire.conversation = Some(conversation);
                 }
                 let Effect::Answer(answer) = effect else { return None };
-                if header.kind == FrameKind::Commit {
-                    self.acknowledged(volume, &frame, &answer);
+                match header.kind {
+                    FrameKind::Commit => self.acknowledged(volume, &frame, &answer),
+                    FrameKind::Hello => self.welcomed(volume, &answer),
+                    _ => {}
                 }
                 Some(answer)
             }

@@ -20,7 +20,7 @@ use secondsite_control::api::{TargetAssignment, TargetServer, TargetVolume};
 use secondsite_format::frame::Frame;
 use secondsite_format::ids::{CutId, ServerId, VolumeId};
 use secondsite_format::manifest::{Consistency, Manifest, SignedManifest};
-use secondsite_format::message::{Message, Reply};
+use secondsite_format::message::{Message, Reply, Welcome};
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::resume_unwind;
@@ -338,6 +338,19 @@ impl Remote {
         if seen.acknowledged != (epoch.0, cut_id) {
             seen.acknowledged = (epoch.0, cut_id);
             seen.manifests.push(signed.manifest);
+        }
+        drop(state);
+        self.check_volume(volume);
+    }
+
+    /// A welcome left the target: what it calls durable counts as acknowledged, for the source
+    /// forgets its marks on the strength of that.
+    pub fn welcomed(&self, volume: usize, answer: &Frame) {
+        let (epoch, cut_id) = Welcome::from_frame(answer).expect("a welcome decodes").durable;
+        let mut state = self.state();
+        let seen = &mut state.seen[volume];
+        if epoch.0 > seen.acknowledged.0 {
+            seen.acknowledged = (epoch.0, cut_id);
         }
         drop(state);
         self.check_volume(volume);

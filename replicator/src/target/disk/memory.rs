@@ -430,6 +430,14 @@ impl DiskFile for MemoryFile {
         Ok(())
     }
 
+    fn settle(&self) -> io::Result<()> {
+        self.sync()?;
+        let mut state = self.disk.lock();
+        let content = state.files.get_mut(&self.file).expect("files are never forgotten");
+        content.bytes.clone_from(&content.durable);
+        Ok(())
+    }
+
     fn truncate(&self, bytes: u64) -> io::Result<()> {
         self.ask(Verb::Truncate, bytes, 0)?;
         let mut state = self.disk.change()?;
