@@ -60,24 +60,30 @@ struct Known {
     acknowledged: u64,
 }
 
+/// The first copy, from wherever it stands.
+fn copy(keeper: &Keeper) -> Result<(), Refusal> {
+    if keeper.volume().copied() {
+        return Ok(());
+    }
+    keeper.copy_begin(SYNC)?;
+    let cursor = match keeper.welcome()?.copy {
+        secondsite_format::message::CopyState::Copying { cursor, .. } => cursor,
+        _ => unreachable!("it was just begun"),
+    };
+    let (low, high) = (&first_copy()[..2], &first_copy()[2..]);
+    if cursor == 0 {
+        keeper.copy_data(&sync_frame(low))?;
+        keeper.copy_flush(2 * target_support::BLOCK)?;
+    }
+    keeper.copy_data(&sync_frame(high))?;
+    keeper.copy_done(SYNC).map(drop)
+}
+
 /// One target's life from whatever is there already; `known` is kept up as answers come.
 fn live(disk: &MemoryDisk, known: &mut Known) -> Result<(), String> {
     let keeper = open(disk.clone()).map_err(|error| error.to_string())?;
     let text = |refusal: Refusal| refusal.message;
-    if !keeper.volume().copied() {
-        keeper.copy_begin(SYNC).map_err(text)?;
-        let cursor = match keeper.welcome().map_err(text)?.copy {
-            secondsite_format::message::CopyState::Copying { cursor, .. } => cursor,
-            _ => unreachable!("it was just begun"),
-        };
-        let (low, high) = (&first_copy()[..2], &first_copy()[2..]);
-        if cursor == 0 {
-            keeper.copy_data(&sync_frame(low)).map_err(text)?;
-            keeper.copy_flush(2 * target_support::BLOCK).map_err(text)?;
-        }
-        keeper.copy_data(&sync_frame(high)).map_err(text)?;
-        keeper.copy_done(SYNC).map_err(text)?;
-    }
+    copy(&keeper).map_err(text)?;
     known.copied = true;
     for script in scripts() {
         let durable = keeper.volume().durable().map_or(0, |facts| facts.epoch.0);
@@ -120,7 +126,9 @@ fn check(disk: &MemoryDisk, known: Known, when: &str) {
     let keeper = open(disk.clone()).unwrap_or_else(|error| panic!("{when}: {error}"));
     assert!(keeper.volume().copied() || !known.copied, "{when}: the first copy is lost");
     if !keeper.volume().copied() {
-        return;
+        // It goes on at the cursor, and what is below that was durable.
+        copy(&keeper).unwrap();
+        return assert!(read_all(&keeper) == models[0], "{when}: the first copy has a hole");
     }
     let durable = keeper.volume().durable().map_or(0, |facts| facts.epoch.0);
     assert!(durable >= known.acknowledged, "{when}: epoch {} is lost", known.acknowledged);

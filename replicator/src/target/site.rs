@@ -276,7 +276,8 @@ impl Site {
                 self.jobs.add(Job::Promote(server));
             }
             Err(error) => {
-                let message = format!("{}: {error}", self.config.store.path(server, volume).display());
+                let message =
+                    format!("{}: {error}", self.config.store.path(server, volume).display());
                 // A device may be given free, a full store may be emptied; damage stays damage.
                 if matches!(error, OpenError::Replica(_) | OpenError::Io { .. }) {
                     self.again().push(Job::Open(server, volume));

@@ -127,12 +127,13 @@ impl Remote {
     fn others_leave(&self, newcomer: u64) {
         let told = |state: &crate::remote::State| {
             let mut wires = state.wires.iter();
-            wires.find(|(number, wire)| {
-                **number != newcomer
-                    && wire.conversation.is_some()
-                    && wire.told.load(Ordering::Relaxed)
-            })
-            .map(|(number, wire)| (*number, wire.flying.len()))
+            wires
+                .find(|(number, wire)| {
+                    **number != newcomer
+                        && wire.conversation.is_some()
+                        && wire.told.load(Ordering::Relaxed)
+                })
+                .map(|(number, wire)| (*number, wire.flying.len()))
         };
         while let Some((number, flying)) = { told(&self.state()) } {
             let late = self.world.below(flying as u64 + 1);

@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub const SERVER: ServerId = ServerId([7; 16]);
@@ -158,7 +158,8 @@ impl Remote {
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap()
+        // Poisoned only while a run fails: its first panic is the one to read.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn peer(&self) -> Peer {
@@ -245,9 +246,14 @@ impl Remote {
             let mut state = self.state();
             let wires = std::mem::take(&mut state.wires);
             let site = state.site.take();
-            let power = state.dies_in.take().is_some_and(|(_, power)| power);
+            let planned = state.dies_in.take();
+            let power = planned.is_some_and(|(_, power)| power);
             state.deaths += 1;
             let seed = self.world.state().rng.next();
+            if planned.is_some() && !power && self.world.chance(60) {
+                // What the next process finds is still in the cache, and goes with the power.
+                state.dies_in = Some((self.world.below(80), true));
+            }
             if power {
                 let mut disks = state.store.disks.lock().unwrap();
                 for (i, disk) in disks.values_mut().enumerate() {

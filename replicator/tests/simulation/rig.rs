@@ -306,7 +306,12 @@ impl Rig {
 }
 
 impl Agent {
-    fn start(world: &Arc<World>, remote: &Arc<Remote>, freezable: bool, compare_only: bool) -> Self {
+    fn start(
+        world: &Arc<World>,
+        remote: &Arc<Remote>,
+        freezable: bool,
+        compare_only: bool,
+    ) -> Self {
         let env: Arc<dyn Env> = world.clone();
         let bell = Arc::new(Bell::default());
         let changed: Arc<dyn Fn() + Send + Sync> = Arc::new(|| {});

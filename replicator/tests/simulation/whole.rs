@@ -124,8 +124,9 @@ pub fn run(seed: u64, totals: &Totals) -> u64 {
     let mut ended = false;
     if rig.exact_point(10 * fault_free(plan.volumes)).is_none() {
         // Only damage may stop a volume for good, and then it has said so.
-        let named = rig.remote.errors().into_iter().flatten().any(|error| error.contains("damaged")
-            || error.contains("is missing") || error.contains("cut short"));
+        let named = rig.remote.errors().into_iter().flatten().any(|error| {
+            error.contains("damaged") || error.contains("is missing") || error.contains("cut short")
+        });
         let faces: Vec<_> = rig.faces().collect();
         assert!(rig.remote.rotten() && named, "no exact point in time: {faces:#?}");
         totals.damaged.fetch_add(1, Ordering::Relaxed);
@@ -187,7 +188,9 @@ fn the_second_site_is_right_whatever_breaks() {
         of(&totals.damaged),
         begun.elapsed()
     );
-    if std::env::var_os("SECONDSITE_SEED").is_none() && std::env::var_os("SECONDSITE_SEEDS").is_none() {
+    if std::env::var_os("SECONDSITE_SEED").is_none()
+        && std::env::var_os("SECONDSITE_SEEDS").is_none()
+    {
         let all = [&totals.give_ups, &totals.compares, &totals.kills, &totals.deaths];
         assert!(all.into_iter().all(|count| of(count) > 100), "the seeds reach all of it");
         assert!(of(&totals.exact) > 2000 && of(&totals.fuzzy) > 300, "and make points");
