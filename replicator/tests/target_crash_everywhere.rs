@@ -5,11 +5,14 @@
 mod target_support;
 
 use secondsite::target::disk::Disk;
-use secondsite::target::disk::memory::MemoryDisk;
+use secondsite::target::disk::memory::{Access, MemoryDisk};
 use secondsite::target::keeper::Keeper;
 use secondsite::target::promote::promote;
 use secondsite_format::ids::{CutId, Epoch};
 use secondsite_format::message::Refusal;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use target_support::{KEY, Put, SYNC, Script, VOLUME_BYTES, apply, content, open, sync_frame};
 
 /// Different disks for the same crash.
@@ -193,6 +196,35 @@ fn a_second_crash_while_recovering_loses_nothing_acknowledged() {
             if finished {
                 break;
             }
+        }
+    }
+}
+
+#[test]
+fn what_a_start_finds_stays_when_the_power_goes() {
+    // The process ends at every access; what it wrote is in the cache still. The next one opens
+    // that, and tells the source what is durable; then the power goes.
+    for at in 0.. {
+        let disk = MemoryDisk::default();
+        let left = AtomicU64::new(at);
+        let watch = move |_: &Access<'_>| {
+            if left.fetch_sub(1, Ordering::Relaxed) == 0 {
+                resume_unwind(Box::new("killed"));
+            }
+            None
+        };
+        let watched = disk.watched(Arc::new(watch));
+        let mut known = Known::default();
+        let ended = catch_unwind(AssertUnwindSafe(|| live(&watched, &mut known))).is_err();
+        let keeper = open(disk.clone()).unwrap();
+        let found = keeper.volume().durable().map_or(0, |facts| facts.epoch.0);
+        let told = Known { copied: keeper.volume().copied(), acknowledged: found };
+        for seed in 0..SEEDS {
+            let when = format!("killed at {at}, then without power, seed {seed}");
+            check(&disk.after_crash(at * SEEDS + seed), told, &when);
+        }
+        if !ended {
+            break;
         }
     }
 }
