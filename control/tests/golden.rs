@@ -9,8 +9,9 @@ use secondsite_control::api::{
     RenewRequest, SCHEMA_VERSION, ServerEntry, ServerStatus, Servers, Status, TargetAssignment,
     TargetPoll, TargetReport, TargetServer, TargetVolume, TargetVolumeReport, TokenReply,
     TokenRequest, TrackerChoice, VerifyResult, VolumeAssignment, VolumePhase, VolumeReport,
-    VolumeStatus,
+    VolumeStatus, Warning,
 };
+use secondsite_control::codes::{Reason, State};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
@@ -123,8 +124,10 @@ fn what_agents_and_control_say() {
         id: id("b"),
         phase,
         reason: "why".into(),
+        code: Some(Reason::DeviceGone),
         tracker: "ebpf".into(),
         tracker_reason: "why no better one".into(),
+        tracker_code: Some(Reason::CompareNoEbpf),
         cut: "quiet".into(),
         progress_bytes: Some((1, 2)),
         backlog_bytes: 3,
@@ -207,8 +210,11 @@ fn what_operators_and_control_say() {
         size_bytes: 1 << 40,
         phase: VolumePhase::Following,
         reason: "why".into(),
+        code: Some(Reason::DeviceGone),
+        since: Some("2026-11-21T00:00:00Z".into()),
         tracker: "ebpf".into(),
         tracker_reason: "why no better one".into(),
+        tracker_code: Some(Reason::CompareNoEbpf),
         cut: "quiet".into(),
         progress_bytes: None,
         backlog_bytes: 3,
@@ -220,11 +226,16 @@ fn what_operators_and_control_say() {
     };
     let server = ServerStatus {
         name: "db1".into(),
-        state: "protected".into(),
+        state: State::Protected,
+        code: Some(Reason::DeviceGone),
         reason: "why".into(),
+        since: Some("2026-11-21T00:00:00Z".into()),
         loss_seconds: Some(1.5),
         backlog_bytes: 3,
         goal_seconds: 30,
+        percent: Some(34),
+        left_seconds: Some(12.5),
+        sending_bytes_per_second: Some(98.0),
         heard_seconds: Some(0.5),
         certificate_ends: "2026-12-01T00:00:00Z".into(),
         volumes: vec![volume],
@@ -232,7 +243,7 @@ fn what_operators_and_control_say() {
     let status = Status {
         schema_version: SCHEMA_VERSION,
         servers: vec![server],
-        warnings: vec!["a warning".into()],
+        warnings: vec![Warning { code: Reason::TargetSilent, text: "a warning".into() }],
     };
     document("status", &status);
     let point = Point {

@@ -6,6 +6,7 @@ mod target_support;
 
 use secondsite::target::session::{Peer, SessionHandle, serve};
 use secondsite::target::site::{Site, SiteConfig};
+use secondsite::target::store::Folders;
 use secondsite::wire::{Connection, WireError};
 use secondsite_control::api::{TargetAssignment, TargetServer, TargetVolume};
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES};
@@ -45,7 +46,7 @@ fn assignment(version: u64, active: bool) -> TargetAssignment {
 
 fn site(store: &Path) -> Arc<Site> {
     let config = SiteConfig {
-        store: store.to_owned(),
+        store: Box::new(Folders(store.to_owned())),
         devices: vec![],
         reserve_bytes: 0,
         memory_bytes: 4 << 20,

@@ -48,12 +48,14 @@ pub trait Disk: Send + Sync {
         SegmentBytes { enough: 16 << 20, max: 256 << 20 }
     }
 
-    /// The whole of a file of at most `bytes_max`, or none if there is no such file.
+    /// The whole of a file of at most `bytes_max` as the medium has it, or none if there is no such
+    /// file.
     fn read(&self, name: &str, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
         let file = match self.open(name) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
+        file.settle()?;
         let bytes = file.bytes()?;
         if bytes > bytes_max {
             return Err(io::Error::new(ErrorKind::InvalidData, "it is larger than it can be"));
@@ -85,6 +87,10 @@ pub trait DiskFile: Send + Sync {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Makes what was written durable. After an error nobody knows what is: stop.
     fn sync(&self) -> io::Result<()>;
+    /// Makes durable what was written, also by a process before this one, and makes reads see the
+    /// medium instead of a cache: what is read after this does not go with the power. A cache
+    /// still shows what a failed sync has lost.
+    fn settle(&self) -> io::Result<()>;
     /// Cuts or extends (with zeros) to `bytes`.
     fn truncate(&self, bytes: u64) -> io::Result<()>;
     /// Its size, bytes.
@@ -206,6 +212,10 @@ impl DiskFile for PlainFile {
         pulse::outside(|| self.file.sync_data())
     }
 
+    fn settle(&self) -> io::Result<()> {
+        settle(&self.file)
+    }
+
     fn truncate(&self, bytes: u64) -> io::Result<()> {
         pulse::outside(|| self.file.set_len(bytes))
     }
@@ -279,6 +289,10 @@ impl DiskFile for Device {
         pulse::outside(|| self.file.sync_data())
     }
 
+    fn settle(&self) -> io::Result<()> {
+        settle(&self.file)
+    }
+
     fn truncate(&self, _bytes: u64) -> io::Result<()> {
         Err(io::Error::new(ErrorKind::Unsupported, "a device cannot be truncated"))
     }
@@ -295,6 +309,12 @@ impl DiskFile for Device {
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         Ok(offset)
     }
+}
+
+fn settle(file: &File) -> io::Result<()> {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    file.sync_data()?;
+    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
 }
 
 fn write_zeros(file: &File, offset: u64, bytes: u64) -> io::Result<()> {

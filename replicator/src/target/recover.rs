@@ -4,7 +4,8 @@
 //! A commit frame is written only when the data before it is durable ([`super::journal`]). So
 //! bytes that cannot be read with a whole commit of this volume behind them are damage to an
 //! acknowledged epoch: the volume stops and nothing is changed. Without one they are an epoch
-//! that was never acknowledged.
+//! that was never acknowledged. What is found counts as acknowledged from then on, so it is made
+//! durable, and read from the medium, before it is believed.
 
 use super::disk::Disk;
 use super::journal::{FOLDER, FramePlace, HeaderError, Journal, Place, Segment};
@@ -64,12 +65,16 @@ pub fn recover(
     volume: &mut Volume,
     verify: Verify,
 ) -> Result<Journal, RecoverError> {
+    // A process before this one may have ended, or failed, between writing a commit and making it
+    // durable. The source forgets its marks for what is found here, so it must be on the medium.
+    disk.sync_names(FOLDER)?;
     let mut numbers: Vec<u64> =
         disk.list(FOLDER)?.iter().filter_map(|name| Segment::number(name)).collect();
     numbers.sort_unstable();
     let mut segments = Vec::new();
     for number in &numbers {
         let segment = Arc::new(Segment::open(&**disk, *number)?);
+        segment.file().settle()?;
         let whole = segment.check_header(volume.record().volume).map_err(|error| match error {
             HeaderError::Io(error) => RecoverError::Io(error),
             HeaderError::Newer { found } => {

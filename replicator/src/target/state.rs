@@ -173,6 +173,9 @@ impl StateRecord {
 
     /// Reads it, if there is one.
     pub fn load(disk: &dyn Disk) -> Result<Option<Self>, StateError> {
+        // A process before this one may have ended between giving the file its name and making
+        // that durable. What is acted on must not go with the power.
+        disk.sync_names("")?;
         disk.read(FILE, FILE_BYTES_MAX)?.map(|bytes| Self::decode(&bytes)).transpose()
     }
 
