@@ -75,7 +75,7 @@ pub struct SlowDevice {
     pub device: LoopDevice,
     _mount: FuseMount,
     _fuse: Child,
-    _server: Child,
+    server: Child,
 }
 
 struct FuseMount(PathBuf);
@@ -88,6 +88,13 @@ impl Drop for FuseMount {
 
 /// More than the writes and reads that a test has in flight.
 const CONNECTIONS: &str = "16";
+
+impl Drop for SlowDevice {
+    fn drop(&mut self) {
+        // Taking the layers above down reads from it.
+        self.set_stalled(false);
+    }
+}
 
 impl SlowDevice {
     /// `bytes` of memory behind the delay.
@@ -120,7 +127,17 @@ impl SlowDevice {
             (size == bytes).then_some(()).ok_or_else(|| fuse.log())
         });
         let device = LoopDevice::over(&mountpoint, true);
-        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, _server: server }
+        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, server }
+    }
+
+    /// Whether it answers at all: a disk that hangs, and comes back. Nothing of it is cached then.
+    pub fn set_stalled(&self, stalled: bool) {
+        use nix::sys::signal::{Signal, kill};
+        if stalled {
+            open(self.device.path()); // flushes and drops its page cache
+        }
+        let signal = if stalled { Signal::SIGSTOP } else { Signal::SIGCONT };
+        kill(self.server.pid(), signal).expect("signal our own nbdkit");
     }
 }
 

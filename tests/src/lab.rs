@@ -296,13 +296,15 @@ impl Lab {
         epochs(&status).into_iter().max().expect("a volume")
     }
 
-    /// Waits until the replica volumes hold the newest committed epochs; returns the first's path.
+    /// Waits until the replica volumes hold what is now the newest exact point, or a later one;
+    /// returns the first's path.
     pub fn wait_until_promoted(&mut self, limit: Duration) -> PathBuf {
+        let point = self.newest_exact().expect("an exact point");
         let status = self.wait("all is promoted", limit, |status| {
-            status
-                .volumes
-                .iter()
-                .all(|volume| volume.epoch.is_some() && volume.epoch == volume.promoted_epoch)
+            let holds = |volume: &VolumeStatus| {
+                volume.promoted_epoch >= point.epochs.get(&volume.name).copied()
+            };
+            status.volumes.iter().all(holds)
         });
         replica_of(&status.volumes[0])
     }

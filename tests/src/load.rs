@@ -37,6 +37,8 @@ const RING_DEPTH: usize = 8;
 /// Small files, and the most bytes of one.
 const FILES: u64 = 40;
 const FILE_BYTES: u64 = 256 << 10;
+/// One of their operations writes as much as many of the direct ones.
+const FILES_PAUSE: u32 = 8;
 
 impl Load {
     /// Runs each over and over in a thread of its own.
@@ -200,7 +202,7 @@ fn files(dir: PathBuf, mut random: Random, pause: Duration) -> Turn {
         nix::fcntl::fallocate(file, flags, offset as i64, bytes as i64).expect("fallocate");
     };
     Box::new(move || {
-        std::thread::sleep(pause);
+        std::thread::sleep(pause * FILES_PAUSE);
         let name = |random: &mut Random| dir.join(format!("file-{}", random.below(FILES)));
         let path = name(&mut random);
         let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);

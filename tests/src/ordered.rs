@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 /// A stamp fills a block of the file system, 4 KiB.
 const BLOCK_BYTES: usize = 4096;
 /// Blocks of one file.
-const PLACES: u64 = 1024;
+const PLACES: u64 = 256;
 const MAGIC: &[u8; 16] = b"ordered write :)";
 
 /// The files and what was written into them.

@@ -14,6 +14,7 @@ use secondsite_tests::load::Load;
 use secondsite_tests::ordered::Ordered;
 use secondsite_tests::random::Random;
 use secondsite_tests::{soak, wait_until};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -232,14 +233,14 @@ impl Ring<'_> {
 
     fn wait_for_a_newer_exact_point(&mut self) {
         let before = self.lab.newest_exact();
+        let mut said = BTreeSet::new();
         wait_until("a newer exact point", PATIENCE, || {
             let now = self.lab.newest_exact();
             if now.is_some() && now != before {
                 return Ok(());
             }
-            let status = self.lab.status()?;
-            let said: Vec<_> = status.volumes.iter().map(|v| (&v.name, &v.cut, &v.reason)).collect();
-            Err(format!("{}: {said:?}", status.reason))
+            said.extend(self.lab.status()?.volumes.into_iter().map(|volume| volume.reason));
+            Err(format!("{said:#?}"))
         });
     }
 
