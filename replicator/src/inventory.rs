@@ -113,7 +113,8 @@ impl WaitsFor {
         // The device that it has open.
         let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         let mut targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
-        let device = targets.find(|path| path.starts_with("/dev") && path != Path::new("/dev/null"));
+        let device =
+            targets.find(|path| path.starts_with("/dev") && path != Path::new("/dev/null"));
         device.map_or(format!("lsblk (process {pid})"), |path| path.display().to_string())
     }
 }

@@ -29,6 +29,15 @@ impl FileSystem {
         }
     }
 
+    /// How the source is mounted.
+    pub fn options(self) -> &'static str {
+        match self {
+            Self::Ext4 | Self::Xfs => "defaults",
+            // By itself btrfs discards in the background, also while it is frozen.
+            Self::Btrfs => "nodiscard",
+        }
+    }
+
     /// Makes one with blocks of 4 KiB.
     pub fn make(self, device: &LoopDevice) {
         let path = device.path().to_str().expect("UTF-8");

@@ -225,7 +225,15 @@ impl Lab {
 
     /// Joins as [`SERVER`] and starts the agent.
     pub fn join(&mut self) {
+        self.join_with("");
+    }
+
+    /// The same with `settings` added to agent.toml.
+    pub fn join_with(&mut self, settings: &str) {
         self.try_join(&self.token(), SERVER).ok();
+        let path = self.config_dir(Side::Server).join("agent.toml");
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        std::fs::write(&path, format!("{settings}\n{before}")).expect("agent.toml");
         self.start(Daemon::Replicate);
     }
 
@@ -325,7 +333,9 @@ impl Lab {
                 point.epochs.get(&volume.name).copied() == volume.promoted_epoch
             };
             match point {
-                Some(point) if status.volumes.iter().all(|volume| holds(&point, volume)) => Ok(point),
+                Some(point) if status.volumes.iter().all(|volume| holds(&point, volume)) => {
+                    Ok(point)
+                }
                 other => Err(format!("{other:?} of {:?}", status.volumes)),
             }
         })

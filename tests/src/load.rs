@@ -21,6 +21,7 @@ pub type Turn = Box<dyn FnMut() -> u64 + Send>;
 /// Running writers; [`Load::stop`] ends and joins them, and passes on their panics.
 pub struct Load {
     stop: Arc<AtomicBool>,
+    resting: Arc<AtomicBool>,
     written: Arc<AtomicU64>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -30,6 +31,8 @@ pub struct Load {
 pub struct Aligned<const N: usize>(pub [u8; N]);
 
 const DIRECT_BYTES: usize = 4096;
+/// Between two looks of a resting writer.
+const LULL_POLL: Duration = Duration::from_millis(5);
 /// Files that are rewritten in place, and their size.
 const DIRECT_FILE_BYTES: u64 = 24 << 20;
 /// Writes of one io_uring batch.
@@ -44,19 +47,24 @@ impl Load {
     /// Runs each over and over in a thread of its own.
     pub fn start(writers: Vec<Turn>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
+        let resting = Arc::new(AtomicBool::new(false));
         let written = Arc::new(AtomicU64::new(0));
         let threads = writers
             .into_iter()
             .map(|mut turn| {
-                let (stop, written) = (stop.clone(), written.clone());
+                let (stop, written, resting) = (stop.clone(), written.clone(), resting.clone());
                 std::thread::spawn(move || {
                     while !stop.load(Ordering::Relaxed) {
+                        if resting.load(Ordering::Relaxed) {
+                            std::thread::sleep(LULL_POLL);
+                            continue;
+                        }
                         written.fetch_add(turn(), Ordering::Relaxed);
                     }
                 })
             })
             .collect();
-        Self { stop, written, threads }
+        Self { stop, resting, written, threads }
     }
 
     /// A mixed load on a file system: a thread of O_DIRECT writes into a preallocated file, one of
@@ -105,6 +113,11 @@ impl Load {
             Box::new(move || write_somewhere(&file, bytes, &mut random, &mut block))
         };
         Self::start((0..depth).map(writer).collect())
+    }
+
+    /// A lull: files stay open and unsynced, nobody writes; or the end of it.
+    pub fn rest(&self, resting: bool) {
+        self.resting.store(resting, Ordering::Relaxed);
     }
 
     /// Bytes written so far.
@@ -205,7 +218,8 @@ fn files(dir: PathBuf, mut random: Random, pause: Duration) -> Turn {
         std::thread::sleep(pause * FILES_PAUSE);
         let name = |random: &mut Random| dir.join(format!("file-{}", random.below(FILES)));
         let path = name(&mut random);
-        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let open =
+            || OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let offset = random.below(FILE_BYTES);
         let bytes = 1 + random.below(FILE_BYTES - offset);
         match random.below(16) {
@@ -222,12 +236,18 @@ fn files(dir: PathBuf, mut random: Random, pause: Duration) -> Turn {
                 0
             }
             3 => {
-                let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                let flags =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 fallocate(&open().expect("open"), flags, offset, bytes);
                 0
             }
             4 => {
-                fallocate(&open().expect("open"), FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, bytes);
+                fallocate(
+                    &open().expect("open"),
+                    FallocateFlags::FALLOC_FL_ZERO_RANGE,
+                    offset,
+                    bytes,
+                );
                 bytes
             }
             5 => {

@@ -15,6 +15,8 @@ use std::sync::{Arc, Mutex};
 const BLOCK_BYTES: usize = 4096;
 /// Blocks of one file.
 const PLACES: u64 = 256;
+/// Between two writes: short beside a last pass, or a point that is not one instant would not show.
+const PAUSE: std::time::Duration = std::time::Duration::from_micros(500);
 const MAGIC: &[u8; 16] = b"ordered write :)";
 
 /// The files and what was written into them.
@@ -49,6 +51,7 @@ impl Ordered {
         let files: Vec<File> = self.files.iter().map(|path| direct(path)).collect();
         let (history, mut random, mut block) = (self.history.clone(), random.fork(), blank());
         Box::new(move || {
+            std::thread::sleep(PAUSE);
             let all = random.below(files.len() as u64 * PLACES);
             let stamp = {
                 // Noted before it is issued: the replica may see it before we return.
@@ -90,7 +93,8 @@ impl Ordered {
         for (stamp, all) in history.iter().enumerate().take(last as usize + 1).skip(1) {
             expected[*all as usize] = Some(stamp as u64);
         }
-        let lost = expected.iter().zip(&found).filter(|(expected, found)| expected != found).count();
+        let lost =
+            expected.iter().zip(&found).filter(|(expected, found)| expected != found).count();
         assert_eq!(lost, 0, "up to write {last}, {lost} places lack their newest write");
         last
     }

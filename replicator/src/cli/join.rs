@@ -26,7 +26,9 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     let name = args.name.clone().map_or_else(host_name, Ok)?;
     let devices = inventory::take(&[]).map_err(|error| {
         let hint = match error {
-            inventory::InventoryError::Stalled(_) => "lsblk   (hangs until the device answers or is removed)",
+            inventory::InventoryError::Stalled(_) => {
+                "lsblk   (hangs until the device answers or is removed)"
+            }
             _ => "apt install util-linux",
         };
         Failure::new(Exit::Unavailable, error.to_string()).hint(hint)
