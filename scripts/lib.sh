@@ -83,7 +83,8 @@ build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang
     /etc/ssl/certs/ca-certificates.crt=ca-certificates)
 
 # What the real ring and the quickstart need besides.
-real_packages=(losetup=util-linux mount=mount mkfs.ext4=e2fsprogs diff=diffutils ip=iproute2
+real_packages=(losetup=util-linux mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs
+    mkfs.btrfs=btrfs-progs diff=diffutils ip=iproute2
     nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
 
 # One profile and one set of features for everything, so that no dependency is compiled twice.
