@@ -86,7 +86,8 @@ build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang
 install_packages=(groff=groff-base systemd-analyze=systemd)
 
 # What the real ring and the quickstart need besides.
-real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs diff=diffutils ip=iproute2
+real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs
+    diff=diffutils ip=iproute2
     nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
 
 # One profile and one set of features for everything, so that no dependency is compiled twice.

@@ -99,6 +99,13 @@ impl Drop for FuseMount {
 /// More than the writes and reads that a test has in flight.
 const CONNECTIONS: &str = "16";
 
+impl Drop for SlowDevice {
+    fn drop(&mut self) {
+        // Taking the layers above down reads from it.
+        self.set_stalled(false);
+    }
+}
+
 impl SlowDevice {
     /// `bytes` of memory behind the delay.
     pub fn new(dir: &Path, bytes: u64, delay: Duration) -> Self {
@@ -136,6 +143,16 @@ impl SlowDevice {
     /// What answers for the medium: stopped, every read and write waits.
     pub fn medium(&self) -> Pid {
         self.server.pid()
+    }
+
+    /// Whether it answers at all: a disk that hangs, and comes back. Nothing of it is cached then.
+    pub fn set_stalled(&self, stalled: bool) {
+        use nix::sys::signal::{Signal, kill};
+        if stalled {
+            open(self.device.path()); // flushes and drops its page cache
+        }
+        let signal = if stalled { Signal::SIGSTOP } else { Signal::SIGCONT };
+        kill(self.server.pid(), signal).expect("signal our own nbdkit");
     }
 }
 

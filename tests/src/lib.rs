@@ -8,9 +8,11 @@
 pub mod block;
 pub mod daemon;
 pub mod decoders;
+pub mod file_system;
 pub mod lab;
 pub mod load;
 pub mod network;
+pub mod ordered;
 pub mod random;
 pub mod threads;
 
