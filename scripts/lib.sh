@@ -84,7 +84,7 @@ build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang
 
 # What the real ring and the quickstart need besides.
 real_packages=(losetup=util-linux mount=mount mkfs.ext4=e2fsprogs diff=diffutils ip=iproute2
-    nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
+    nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin /usr/lib/postgresql=postgresql)
 
 # One profile and one set of features for everything, so that no dependency is compiled twice.
 # SECONDSITE_NO_REAL leaves the tests out that need root and devices.

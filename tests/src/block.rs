@@ -1,7 +1,6 @@
-//! Block devices made for a test: loop devices over sparse files, a slow one over nbdkit's delay
-//! filter, mounts, and the byte-for-byte comparison.
+//! Block devices made for a test: loop devices over sparse files, mounts, and the byte-for-byte
+//! comparison.
 
-use crate::daemon::Child;
 use crate::wait_until;
 use std::fs::File;
 use std::io::Read;
@@ -64,63 +63,6 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
-    }
-}
-
-/// A loop device whose writes reach the medium `delay` after they were issued, while reads are
-/// served at once: nbdkit's delay filter, nbdfuse with enough connections that no read waits behind
-/// a write, and a loop device in direct mode (else its page cache would serve the reads).
-pub struct SlowDevice {
-    /// The loop device. (Fields are dropped in this order: each lies on the next.)
-    pub device: LoopDevice,
-    _mount: FuseMount,
-    _fuse: Child,
-    _server: Child,
-}
-
-struct FuseMount(PathBuf);
-
-impl Drop for FuseMount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
-/// More than the writes and reads that a test has in flight.
-const CONNECTIONS: &str = "16";
-
-impl SlowDevice {
-    /// `bytes` of memory behind the delay.
-    pub fn new(dir: &Path, bytes: u64, delay: Duration) -> Self {
-        let socket = dir.join("slow.sock");
-        let mountpoint = dir.join("slow");
-        File::create(&mountpoint).expect("a mount point");
-        let server = Child::spawn(
-            "nbdkit",
-            Command::new("nbdkit").args(["--foreground", "--unix"]).arg(&socket).args([
-                "--filter=delay",
-                "memory",
-                &bytes.to_string(),
-                &format!("delay-write={}ms", delay.as_millis()),
-            ]),
-        );
-        wait_until("nbdkit listens", Duration::from_secs(10), || {
-            socket.exists().then_some(()).ok_or_else(|| server.log())
-        });
-        let fuse = Child::spawn(
-            "nbdfuse",
-            Command::new("nbdfuse")
-                .args(["--connections", CONNECTIONS])
-                .arg(&mountpoint)
-                .arg("--unix")
-                .arg(&socket),
-        );
-        wait_until("nbdfuse serves the file", Duration::from_secs(10), || {
-            let size = mountpoint.metadata().map(|m| m.len()).unwrap_or(0);
-            (size == bytes).then_some(()).ok_or_else(|| fuse.log())
-        });
-        let device = LoopDevice::over(&mountpoint, true);
-        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, _server: server }
     }
 }
 

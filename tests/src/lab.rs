@@ -7,6 +7,8 @@ use crate::wait_until;
 use secondsite_control::api::{Points, ServerStatus, Status};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -106,23 +108,33 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 impl Lab {
     /// A second site on loopback, with control and target running; nothing has joined.
     pub fn new() -> Self {
-        Self::with(None)
+        Self::with(None, None)
+    }
+
+    /// The same with the target's store in a folder of a test's own file system, nothing of which
+    /// is held in reserve.
+    pub fn with_store(store: &Path) -> Self {
+        Self::with(None, Some(store))
     }
 
     /// The same with the two sides in network namespaces of their own.
     pub fn on_a_network() -> Self {
-        Self::with(Some(Network::new()))
+        Self::with(Some(Network::new()), None)
     }
 
-    fn with(network: Option<Network>) -> Self {
+    fn with(network: Option<Network>, own_store: Option<&Path>) -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::Builder::new().prefix("secondsite-lab-").tempdir().expect("a folder");
         let port = free_port();
         let mut lab = Self { daemons: BTreeMap::new(), network, port, dir, _alone: alone };
-        let store = lab.path("store").display().to_string();
+        let store = own_store.map_or_else(|| lab.path("store"), Path::to_owned);
+        let store = store.display().to_string();
         let listen = lab.address();
         let setup = ["setup", "--store", &store, "--listen", &listen, "--no-start", "--yes"];
         lab.cli(Side::Site, &setup).ok();
+        if own_store.is_some() {
+            lab.configure_target("reserve = '0MiB'\n");
+        }
         lab.start(Daemon::Control);
         wait_until("control answers", START_LIMIT, || {
             let answer = lab.cli(Side::Site, &["status", "--json"]);
@@ -130,6 +142,13 @@ impl Lab {
         });
         lab.start_target();
         lab
+    }
+
+    /// Appends to `target.toml`.
+    pub fn configure_target(&self, text: &str) {
+        let path = self.config_dir(Side::Site).join("target.toml");
+        let mut file = OpenOptions::new().append(true).open(path).expect("target.toml");
+        file.write_all(text.as_bytes()).expect("append");
     }
 
     /// Starts the target and waits until it listens.
@@ -307,6 +326,11 @@ impl Lab {
     pub fn points(&self) -> Points {
         let answer = self.cli(Side::Site, &["points", SERVER, "--json"]).ok();
         serde_json::from_str(&answer.stdout).expect("the points document")
+    }
+
+    /// Whether a daemon that runs said this.
+    pub fn has_said(&self, daemon: Daemon, words: &str) -> bool {
+        self.daemons.get(&daemon).is_some_and(|child| child.whole_log().contains(words))
     }
 
     /// What the daemons said last.

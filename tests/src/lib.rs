@@ -7,9 +7,11 @@
 
 pub mod block;
 pub mod daemon;
+pub mod faulty;
 pub mod lab;
 pub mod load;
 pub mod network;
+pub mod postgres;
 pub mod random;
 
 use std::time::{Duration, Instant};
