@@ -70,7 +70,9 @@ impl Postgres {
 
     /// Runs SQL; returns its rows as text, fields separated by `|`.
     pub fn sql(&self, text: &str) -> String {
-        tool("psql", |command| self.reach(command).args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-c", text]))
+        tool("psql", |command| {
+            self.reach(command).args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-c", text])
+        })
     }
 
     /// Runs one of PostgreSQL's programs on its database.
@@ -89,11 +91,8 @@ impl Postgres {
     pub fn connect(&self) -> Connection {
         let mut command = program("psql");
         self.reach(&mut command).args(["-XqAt", "-v", "ON_ERROR_STOP=1"]);
-        let mut process = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("psql runs");
+        let mut process =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("psql runs");
         let input = process.stdin.take();
         let output = BufReader::new(process.stdout.take().expect("its output is a pipe"));
         Connection { process, input, output }
