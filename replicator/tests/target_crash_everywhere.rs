@@ -1,6 +1,8 @@
 //! Attacks durability: the power goes at every single I/O of a target's life (first copy, epochs,
 //! a cut given up, promotions, opening again), and what was not synced is lost, kept or torn.
-//! Whatever was acknowledged must be there, and replica with journal must equal the model.
+//! Whatever was acknowledged must be there, and replica with journal must equal the model. The same
+//! for a target that dies first, by itself or over a failed sync, and is started again before the
+//! power goes: what it tells the source then is acknowledged too.
 
 mod target_support;
 
@@ -186,5 +188,56 @@ fn a_second_crash_while_recovering_loses_nothing_acknowledged() {
                 break;
             }
         }
+    }
+}
+
+/// What a target that is started now tells the source.
+fn told(disk: &MemoryDisk, known: &mut Known, when: &str) {
+    let keeper = open(disk.clone()).unwrap_or_else(|error| panic!("{when}: {error}"));
+    let welcome = keeper.welcome().unwrap();
+    known.copied |= welcome.copy == secondsite_format::message::CopyState::Copied;
+    assert!(welcome.durable.0.0 >= known.acknowledged, "{when}: it forgot what was acknowledged");
+    known.acknowledged = welcome.durable.0.0;
+}
+
+#[test]
+fn what_a_dead_target_left_is_durable_before_the_source_hears_of_it() {
+    let disk = MemoryDisk::default();
+    live(&disk, &mut Known::default()).unwrap();
+    for at in 0..disk.operations() {
+        let disk = MemoryDisk::default();
+        disk.crash_at(at);
+        let mut known = Known::default();
+        live(&disk, &mut known).unwrap_err();
+        disk.revive();
+        let when = format!("killed at {at}");
+        told(&disk, &mut known, &when);
+        for seed in 0..SEEDS {
+            let found = disk.after_crash(at * SEEDS + seed);
+            check(&found, known, &format!("{when}, started, power cut, seed {seed}"));
+        }
+    }
+}
+
+#[test]
+fn what_a_failed_sync_left_in_memory_is_not_believed_after_a_restart() {
+    let disk = MemoryDisk::default();
+    live(&disk, &mut Known::default()).unwrap();
+    for at in 0..disk.operations() {
+        let disk = MemoryDisk::default();
+        disk.fail_sync_at(at);
+        let mut known = Known::default();
+        if live(&disk, &mut known).is_ok() {
+            continue; // no sync from there on
+        }
+        let when = format!("a sync failed at {at} or later");
+        told(&disk, &mut known, &when);
+        for seed in 0..SEEDS {
+            let found = disk.after_crash(at * SEEDS + seed);
+            check(&found, known, &format!("{when}, restarted, power cut, seed {seed}"));
+        }
+        // And it goes on from there, to the end.
+        live(&disk, &mut known).unwrap_or_else(|error| panic!("{when}: {error}"));
+        check(&disk.after_crash(at), known, &when);
     }
 }

@@ -2,7 +2,8 @@
 //! runs the same code over a faulty disk ([`memory`]) that the daemon runs over files ([`Folder`]).
 //!
 //! Invariants: a write is durable after `sync` of its file, a name after `sync_names` of its
-//! folder, and neither before. A file that was removed stays readable for who holds it open.
+//! folder, and neither before. A file that was removed stays readable for who holds it open. What
+//! is read may be younger than what is durable: only [`DiskFile::settle`] makes them the same.
 
 pub mod memory;
 
@@ -84,6 +85,10 @@ pub trait DiskFile: Send + Sync {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Makes what was written durable. After an error nobody knows what is: stop.
     fn sync(&self) -> io::Result<()>;
+    /// For a file that a process now dead wrote: makes durable what it left in memory, and forgets
+    /// what memory holds of it, so that what is read from now on is what the storage has. (After a
+    /// failed sync memory still shows what never reached the storage, and the next sync succeeds.)
+    fn settle(&self) -> io::Result<()>;
     /// Cuts or extends (with zeros) to `bytes`.
     fn truncate(&self, bytes: u64) -> io::Result<()>;
     /// Its size, bytes.
@@ -201,6 +206,10 @@ impl DiskFile for PlainFile {
         self.file.sync_data()
     }
 
+    fn settle(&self) -> io::Result<()> {
+        settle(&self.file)
+    }
+
     fn truncate(&self, bytes: u64) -> io::Result<()> {
         self.file.set_len(bytes)
     }
@@ -218,6 +227,13 @@ impl DiskFile for PlainFile {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn settle(file: &File) -> io::Result<()> {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    file.sync_all()?;
+    // Everything is clean now, so all of it can be forgotten.
+    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
 }
 
 /// A block device, held exclusively.
@@ -277,6 +293,10 @@ impl DiskFile for Device {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        settle(&self.file)
     }
 
     fn truncate(&self, _bytes: u64) -> io::Result<()> {

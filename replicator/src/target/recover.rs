@@ -5,6 +5,10 @@
 //! bytes that cannot be read with a whole commit of this volume behind them are damage to an
 //! acknowledged epoch: the volume stops and nothing is changed. Without one they are an epoch
 //! that was never acknowledged.
+//!
+//! The process that wrote the journal may have died before its last sync, or because one failed.
+//! So each segment is settled before it is read: what is found here is told to the source as
+//! durable, and the source forgets what it had taken for it.
 
 use super::disk::Disk;
 use super::journal::{FOLDER, FramePlace, HeaderError, Journal, Place, Segment};
@@ -65,6 +69,7 @@ pub fn recover(
     let mut segments = Vec::new();
     for number in &numbers {
         let segment = Arc::new(Segment::open(&**disk, *number)?);
+        segment.file().settle()?;
         let whole = segment.check_header(volume.record().volume).map_err(|error| match error {
             HeaderError::Io(error) => RecoverError::Io(error),
             HeaderError::Newer { found } => {
@@ -73,6 +78,7 @@ pub fn recover(
         })?;
         segments.push((segment, whole));
     }
+    disk.sync_names(FOLDER)?;
     let tail = volume.record().tail;
     segments.retain(|(segment, _)| segment.number >= tail.segment);
     let mut scan = Scan { at: tail, committed: tail, volume, verify };

@@ -31,6 +31,7 @@ struct State {
     operations: u64,
     crash_at: Option<u64>,
     sync_fails: bool,
+    sync_fails_at: Option<u64>,
     free_bytes: u64,
     writes_until_full: Option<u64>,
 }
@@ -71,6 +72,7 @@ impl MemoryDisk {
             operations: 0,
             crash_at: None,
             sync_fails: false,
+            sync_fails_at: None,
             free_bytes: FREE_BYTES,
             writes_until_full: None,
         };
@@ -85,6 +87,18 @@ impl MemoryDisk {
     /// The power goes just before changing operation number `operation` (from 0).
     pub fn crash_at(&self, operation: u64) {
         self.lock().crash_at = Some(operation);
+    }
+
+    /// Another process uses the disk, whose power did not go: what was written is there, durable
+    /// or not.
+    pub fn revive(&self) {
+        self.lock().crash_at = None;
+    }
+
+    /// The first sync of a file from operation number `operation` on fails, as on Linux: what it
+    /// should have made durable can still be read, but no later sync makes it durable.
+    pub fn fail_sync_at(&self, operation: u64) {
+        self.lock().sync_fails_at = Some(operation);
     }
 
     /// From now on every sync fails.
@@ -324,9 +338,23 @@ impl DiskFile for MemoryFile {
         if state.sync_fails {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        let operations = state.operations;
+        let fails = state.sync_fails_at.take_if(|at| operations > *at).is_some();
         let content = state.files.get_mut(&self.file).expect("files are never forgotten");
-        content.durable.clone_from(&content.bytes);
-        content.changes.clear();
+        let changes = std::mem::take(&mut content.changes);
+        if fails {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        // Not simply all that can be read: a failed sync may have left some of it behind.
+        changes.iter().for_each(|change| apply(&mut content.durable, change));
+        Ok(())
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.sync()?;
+        let mut state = self.disk.lock();
+        let content = state.files.get_mut(&self.file).expect("files are never forgotten");
+        content.bytes.clone_from(&content.durable);
         Ok(())
     }
 
