@@ -1,18 +1,20 @@
 //! Attacks durability: the power goes at every single I/O of a target's life (first copy, epochs,
 //! a cut given up, promotions, opening again), and what was not synced is lost, kept or torn.
-//! Whatever was acknowledged must be there, and replica with journal must equal the model.
+//! Whatever was acknowledged must be there, and replica with journal must equal the model. The same
+//! for a target that dies first, by itself or over a failed sync, and is started again before the
+//! power goes: what it tells the source then is acknowledged too.
 
 mod target_support;
 
 use secondsite::target::disk::Disk;
-use secondsite::target::disk::memory::{Access, MemoryDisk};
+use secondsite::target::disk::memory::{Access, Fault, MemoryDisk, Verb};
 use secondsite::target::keeper::Keeper;
 use secondsite::target::promote::promote;
 use secondsite_format::ids::{CutId, Epoch};
 use secondsite_format::message::Refusal;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use target_support::{KEY, Put, SYNC, Script, VOLUME_BYTES, apply, content, open, sync_frame};
 
 /// Different disks for the same crash.
@@ -226,5 +228,49 @@ fn what_a_start_finds_stays_when_the_power_goes() {
         if !ended {
             break;
         }
+    }
+}
+
+/// What a target that is started now tells the source.
+fn told(disk: &MemoryDisk, known: &mut Known, when: &str) {
+    let keeper = open(disk.clone()).unwrap_or_else(|error| panic!("{when}: {error}"));
+    let welcome = keeper.welcome().unwrap();
+    known.copied |= welcome.copy == secondsite_format::message::CopyState::Copied;
+    assert!(welcome.durable.0.0 >= known.acknowledged, "{when}: it forgot what was acknowledged");
+    known.acknowledged = welcome.durable.0.0;
+}
+
+#[test]
+fn what_a_failed_sync_left_in_memory_is_not_believed_after_a_restart() {
+    let disk = MemoryDisk::default();
+    live(&disk, &mut Known::default()).unwrap();
+    for at in 0..disk.operations() {
+        let disk = MemoryDisk::default();
+        let (left, failed) = (AtomicU64::new(at), AtomicBool::new(false));
+        let watch = move |access: &Access<'_>| {
+            let reads = access.verb == Verb::Read;
+            if reads
+                || left
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+                    .is_ok()
+            {
+                return None;
+            }
+            let fails = access.verb == Verb::Sync && !failed.swap(true, Ordering::Relaxed);
+            fails.then_some(Fault::Fails(libc::EIO))
+        };
+        let mut known = Known::default();
+        if live(&disk.watched(Arc::new(watch)), &mut known).is_ok() {
+            continue; // no sync from there on
+        }
+        let when = format!("a sync failed at {at} or later");
+        told(&disk, &mut known, &when);
+        for seed in 0..SEEDS {
+            let found = disk.after_crash(at * SEEDS + seed);
+            check(&found, known, &format!("{when}, restarted, power cut, seed {seed}"));
+        }
+        // And it goes on from there, to the end.
+        live(&disk, &mut known).unwrap_or_else(|error| panic!("{when}: {error}"));
+        check(&disk.after_crash(at), known, &when);
     }
 }

@@ -9,6 +9,8 @@ use secondsite_control::api::{Point, Points, ServerStatus, Status, VolumeStatus}
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -108,23 +110,33 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 impl Lab {
     /// A second site on loopback, with control and target running; nothing has joined.
     pub fn new() -> Self {
-        Self::with(None)
+        Self::with(None, None)
+    }
+
+    /// The same with the target's store in a folder of a test's own file system, nothing of which
+    /// is held in reserve.
+    pub fn with_store(store: &Path) -> Self {
+        Self::with(None, Some(store))
     }
 
     /// The same with the two sides in network namespaces of their own.
     pub fn on_a_network() -> Self {
-        Self::with(Some(Network::new()))
+        Self::with(Some(Network::new()), None)
     }
 
-    fn with(network: Option<Network>) -> Self {
+    fn with(network: Option<Network>, own_store: Option<&Path>) -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::Builder::new().prefix("secondsite-lab-").tempdir().expect("a folder");
         let port = free_port();
         let mut lab = Self { daemons: BTreeMap::new(), network, port, dir, _alone: alone };
-        let store = lab.path("store").display().to_string();
+        let store = own_store.map_or_else(|| lab.path("store"), Path::to_owned);
+        let store = store.display().to_string();
         let listen = lab.address();
         let setup = ["setup", "--store", &store, "--listen", &listen, "--no-start", "--yes"];
         lab.cli(Side::Site, &setup).ok();
+        if own_store.is_some() {
+            lab.configure_target("reserve = '0MiB'\n");
+        }
         lab.start(Daemon::Control);
         wait_until("control answers", START_LIMIT, || {
             let answer = lab.cli(Side::Site, &["status", "--json"]);
@@ -132,6 +144,13 @@ impl Lab {
         });
         lab.start_target();
         lab
+    }
+
+    /// Appends to `target.toml`.
+    pub fn configure_target(&self, text: &str) {
+        let path = self.config_dir(Side::Site).join("target.toml");
+        let mut file = OpenOptions::new().append(true).open(path).expect("target.toml");
+        file.write_all(text.as_bytes()).expect("append");
     }
 
     /// Starts the target and waits until it listens.
@@ -376,6 +395,11 @@ impl Lab {
         serde_json::from_str(&answer.stdout).expect("the points document")
     }
 
+    /// Whether a daemon that runs said this.
+    pub fn has_said(&self, daemon: Daemon, words: &str) -> bool {
+        self.daemons.get(&daemon).is_some_and(|child| child.whole_log().contains(words))
+    }
+
     /// What the daemons said last.
     pub fn logs(&self) -> String {
         self.daemons.values().map(Child::log).collect::<Vec<_>>().join("\n")
@@ -400,6 +424,11 @@ impl Drop for Lab {
 
 fn replica_of(volume: &VolumeStatus) -> PathBuf {
     volume.replica.clone().expect("a replica volume").into()
+}
+
+/// Newest committed epoch of the first volume; 0 before.
+pub fn epoch_of(status: &ServerStatus) -> u64 {
+    status.volumes.first().and_then(|volume| volume.epoch).unwrap_or(0)
 }
 
 /// The agent's id, from the assignment that it keeps on disk.

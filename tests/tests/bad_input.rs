@@ -1,7 +1,8 @@
 //! What people and strangers do wrong: every refusal names the thing and the remedy, ends with the
 //! exit code of its kind, and leaves the volumes as they were.
 
-use secondsite_tests::block::{LoopDevice, Mount, SlowDevice, assert_equal};
+use secondsite_tests::block::{LoopDevice, Mount, assert_equal};
+use secondsite_tests::faulty::slow_device;
 use secondsite_tests::lab::{Daemon, Lab, SERVER, Side};
 use secondsite_tests::random::Random;
 use std::fs::OpenOptions;
@@ -68,12 +69,12 @@ fn volumes_that_cannot_be_protected_are_refused() {
 fn a_device_that_does_not_answer_is_named() {
     let dir = tempfile::tempdir().expect("a folder");
     let source = LoopDevice::sparse(dir.path(), "source.img", VOLUME_BYTES);
-    let slow = SlowDevice::new(dir.path(), 1 << 20, Duration::ZERO);
+    let slow = slow_device(dir.path(), 1 << 20, Duration::ZERO);
     let mut lab = Lab::new();
     let token = lab.token();
     slow.set_stalled(true);
     let begun = Instant::now();
-    lab.try_join(&token, SERVER).refused(UNAVAILABLE, &[slow.device.name(), "does not answer"]);
+    lab.try_join(&token, SERVER).refused(UNAVAILABLE, &[slow.name(), "does not answer"]);
     assert!(begun.elapsed() < Duration::from_secs(40), "join hung for {:?}", begun.elapsed());
     slow.set_stalled(false);
     lab.try_join(&token, SERVER).ok();

@@ -65,7 +65,7 @@ fn volumes_grow_join_and_shrink() {
     lab.join();
     lab.protect(device.path(), &["--rpo", "3s"]).ok();
     lab.wait_for_epoch_after(0, PATIENCE);
-    let load = Load::mixed(mount.path(), &mut random, Duration::from_millis(20));
+    let load = Load::start(Load::mixed(mount.path(), &mut random, Duration::from_millis(20)));
     settled(&mut lab, &device);
 
     // Without a kill: no compare, and what was there is not sent again.

@@ -277,6 +277,7 @@ impl Shipper {
         {
             // The doubt is stored first: a crash in between must not leave the number without it.
             marks.set_compare_due(true);
+            tracing::warn!(volume = %self.volume.face.name, "{why}: source and target are compared");
             self.doubt = why.into();
         }
         if plan.take_number {

@@ -2,7 +2,8 @@
 //! runs the same code over a faulty disk ([`memory`]) that the daemon runs over files ([`Folder`]).
 //!
 //! Invariants: a write is durable after `sync` of its file, a name after `sync_names` of its
-//! folder, and neither before. A file that was removed stays readable for who holds it open.
+//! folder, and neither before. A file that was removed stays readable for who holds it open. What
+//! is read may be younger than what is durable: only [`DiskFile::settle`] makes them the same.
 
 pub mod memory;
 
@@ -235,6 +236,13 @@ impl DiskFile for PlainFile {
     }
 }
 
+fn settle(file: &File) -> io::Result<()> {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    file.sync_all()?;
+    // Everything is clean now, so all of it can be forgotten.
+    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
+}
+
 /// A block device, held exclusively.
 pub struct Device {
     file: File,
@@ -309,12 +317,6 @@ impl DiskFile for Device {
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         Ok(offset)
     }
-}
-
-fn settle(file: &File) -> io::Result<()> {
-    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-    file.sync_data()?;
-    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
 }
 
 fn write_zeros(file: &File, offset: u64, bytes: u64) -> io::Result<()> {

@@ -4,8 +4,11 @@
 //! A commit frame is written only when the data before it is durable ([`super::journal`]). So
 //! bytes that cannot be read with a whole commit of this volume behind them are damage to an
 //! acknowledged epoch: the volume stops and nothing is changed. Without one they are an epoch
-//! that was never acknowledged. What is found counts as acknowledged from then on, so it is made
-//! durable, and read from the medium, before it is believed.
+//! that was never acknowledged.
+//!
+//! The process that wrote the journal may have died before its last sync, or because one failed.
+//! So each segment is settled before it is read: what is found here is told to the source as
+//! durable, and the source forgets what it had taken for it.
 
 use super::disk::Disk;
 use super::journal::{FOLDER, FramePlace, HeaderError, Journal, Place, Segment};
@@ -84,6 +87,7 @@ pub fn recover(
         })?;
         segments.push((segment, whole));
     }
+    disk.sync_names(FOLDER)?;
     let tail = volume.record().tail;
     segments.retain(|(segment, _)| segment.number >= tail.segment);
     let mut scan = Scan { at: tail, committed: tail, volume, verify };

@@ -13,9 +13,10 @@ use super::keeper::{Keeper, OpenError, VolumeSpec};
 use super::observation::Refusals;
 use super::points::{VolumeEpochs, complete_points, promotions};
 use super::promote::promote;
+use super::recover::RecoverError;
 use super::session::Peer;
 use super::space::Space;
-use super::state;
+use super::state::{self, StateError};
 use super::store::Store;
 use super::volume::{Verify, refuse, shrunk};
 use crate::pulse;
@@ -277,8 +278,7 @@ impl Site {
             Err(error) => {
                 let message =
                     format!("{}: {error}", self.config.store.path(server, volume).display());
-                // A device may be given free, a full store may be emptied; damage stays damage.
-                if matches!(error, OpenError::Replica(_) | OpenError::Io { .. }) {
+                if may_pass(&error) {
                     self.again().push(Job::Open(server, volume));
                 }
                 if entry.set_opened(Opened::Failed(message.clone())) {
@@ -383,6 +383,16 @@ impl Site {
 
     fn again(&self) -> MutexGuard<'_, Vec<Job>> {
         self.again.lock().expect("nothing panics while it holds the list")
+    }
+}
+
+/// A device may be given free, a full store emptied, a disk repaired; damage stays damage.
+fn may_pass(error: &OpenError) -> bool {
+    match error {
+        OpenError::Replica(_) | OpenError::Io { .. } => true,
+        OpenError::State(error) => matches!(error, StateError::Io(_)),
+        OpenError::Recover(error) => matches!(error, RecoverError::Io(_)),
+        OpenError::Unknown => false,
     }
 }
 
