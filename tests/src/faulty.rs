@@ -207,9 +207,13 @@ impl FaultyStore {
     fn mount(&mut self) {
         let device = self.device().path().to_owned();
         // What was cut off in the middle is repaired by the journal; -p fails on anything worse.
-        let code = Command::new("e2fsck").arg("-p").arg(&device).output().expect("e2fsck runs");
-        let talk = String::from_utf8_lossy(&code.stdout).into_owned();
-        assert!(code.status.code().is_some_and(|code| code <= 1), "e2fsck: {talk}");
+        // A namespace that somebody makes just now may hold the last mount for a moment more.
+        wait_until("e2fsck is done", START_LIMIT, || {
+            let ended = Command::new("e2fsck").arg("-p").arg(&device).output().expect("it runs");
+            let talk = || String::from_utf8_lossy(&ended.stdout).into_owned();
+            let good = ended.status.code().is_some_and(|code| code <= 1);
+            good.then_some(()).ok_or_else(talk)
+        });
         self.mount = Some(Mount::new(&device, &self.path(), "defaults"));
         run("chmod", &["0700", self.path().to_str().expect("UTF-8")]);
     }

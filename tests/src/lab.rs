@@ -212,6 +212,11 @@ impl Lab {
         outcome(output.expect("the built binary runs"))
     }
 
+    /// Starts a command of the operator at the second site that takes its time.
+    pub fn spawn_cli(&self, arguments: &[&str]) -> Child {
+        Child::spawn(arguments[0], self.command(Side::Site).args(arguments))
+    }
+
     /// Starts a daemon; any earlier one of its kind must be gone.
     pub fn start(&mut self, daemon: Daemon) {
         self.start_with(daemon, &[]);
