@@ -86,8 +86,18 @@ build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang
 install_packages=(groff=groff-base systemd-analyze=systemd)
 
 # What the real ring and the quickstart need besides.
-real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs diff=diffutils ip=iproute2
+real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs
+    diff=diffutils ip=iproute2
     nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
+
+# PostgreSQL for the tests that make a cluster of their own: the package would make and start one.
+need_postgresql() {
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null && return 0
+    need_packages /usr/share/postgresql-common=postgresql-common
+    as_root sed -i 's/^#\?create_main_cluster.*/create_main_cluster = false/' \
+        /etc/postgresql-common/createcluster.conf
+    need_packages /usr/lib/postgresql=postgresql
+}
 
 # One profile and one set of features for everything, so that no dependency is compiled twice.
 # SECONDSITE_NO_REAL leaves the tests out that need root and devices.

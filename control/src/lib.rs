@@ -9,6 +9,7 @@ mod certificate;
 pub mod client;
 pub mod client_error;
 pub mod clock;
+pub mod codes;
 mod deployment;
 mod files;
 mod ids;

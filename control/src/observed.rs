@@ -3,6 +3,7 @@
 //!
 //! Counters only rise; all accesses are relaxed, since nothing else is read by them.
 
+use crate::codes::State;
 use crate::deployment::Deployment;
 use crate::routes;
 use jiff::Timestamp;
@@ -42,7 +43,7 @@ pub struct ServerRow {
     /// Its name.
     pub name: String,
     /// As [`crate::api::ServerStatus::state`].
-    pub state: String,
+    pub state: State,
     /// The goal, seconds.
     pub goal_seconds: u64,
     /// Bytes not yet committed at the target.

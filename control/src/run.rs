@@ -5,6 +5,7 @@ use crate::clock::{Clock, SystemClock};
 use crate::deployment::Deployment;
 use crate::observed::Observed;
 use crate::pki::{self, Identity, Role};
+pub use crate::store::NewerStore;
 use crate::store::{Store, access};
 use crate::{routes, server};
 use anyhow::{Context, ensure};

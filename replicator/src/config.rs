@@ -5,16 +5,18 @@
 //! of their names, a later value replaces an earlier one and lists grow. An unknown key is an error
 //! that names file, line and the nearest known key; nothing starts on a half-understood file.
 
+mod check;
 mod document;
 mod paths;
 #[cfg(test)]
 mod tests;
 
-pub use document::ConfigError;
+pub use check::{Checked, Effective, check};
+pub use document::{ConfigError, Place};
 pub use paths::{DEFAULT_CONFIG_DIR, Paths};
 
 use crate::cli::units::{parse_bytes, parse_seconds};
-use document::{Schema, gather};
+use document::{Gathered, Schema, gather};
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -98,9 +100,17 @@ pub struct AgentConfig {
 impl ControlConfig {
     /// Reads `control.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<ControlPart>(paths)?;
+        Self::of(gather::<ControlPart>(paths)?)
+    }
+
+    /// What the text of the role's own file alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(document::own(file, text)?)
+    }
+
+    fn of(mut said: Gathered<ControlPart>) -> Result<Self, ConfigError> {
         let mut all = ControlPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             all = ControlPart {
                 metrics: part.metrics.over(all.metrics),
                 listen: part.listen.or(all.listen),
@@ -111,10 +121,10 @@ impl ControlConfig {
         let life =
             all.certificate_life.map_or(CERTIFICATE_LIFE_MAX, |Seconds(s)| Duration::from_secs(s));
         if life.is_zero() || life > CERTIFICATE_LIFE_MAX {
-            return Err(ConfigError::value(&main, "certificate_life", "more than 0, at most 30d"));
+            return Err(said.out_of_bounds("certificate_life", "more than 0, at most 30d"));
         }
-        let listen = all.listen.ok_or_else(|| ConfigError::missing(&main, "listen"))?;
-        let metrics = all.metrics.checked(&main)?;
+        let listen = all.listen.ok_or_else(|| said.missing("listen"))?;
+        let metrics = all.metrics.checked(&said)?;
         Ok(Self { metrics, listen, store: all.store, certificate_life: life })
     }
 }
@@ -122,9 +132,17 @@ impl ControlConfig {
 impl TargetConfig {
     /// Reads `target.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<TargetPart>(paths)?;
+        Self::of(gather::<TargetPart>(paths)?)
+    }
+
+    /// What the text of the role's own file alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(document::own(file, text)?)
+    }
+
+    fn of(mut said: Gathered<TargetPart>) -> Result<Self, ConfigError> {
         let mut all = TargetPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             let mut device = all.device;
             device.extend(part.device);
             all = TargetPart {
@@ -137,13 +155,13 @@ impl TargetConfig {
                 device,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| said.missing(key);
         let memory_bytes = all.memory.map_or(TARGET_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(said.out_of_bounds("memory", "at least 16MiB"));
         }
         Ok(Self {
-            metrics: all.metrics.checked(&main)?,
+            metrics: all.metrics.checked(&said)?,
             store: all.store.ok_or_else(|| missing("store"))?,
             listen: all.listen.ok_or_else(|| missing("listen"))?,
             control: all.control.ok_or_else(|| missing("control"))?,
@@ -157,9 +175,17 @@ impl TargetConfig {
 impl AgentConfig {
     /// Reads `agent.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<AgentPart>(paths)?;
+        Self::of(gather::<AgentPart>(paths)?)
+    }
+
+    /// What the text of the role's own file alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(document::own(file, text)?)
+    }
+
+    fn of(mut said: Gathered<AgentPart>) -> Result<Self, ConfigError> {
         let mut all = AgentPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             let mut allow = all.allow;
             allow.extend(part.allow);
             all = AgentPart {
@@ -171,17 +197,17 @@ impl AgentConfig {
                 allow,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| said.missing(key);
         let memory_bytes = all.memory.map_or(AGENT_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(said.out_of_bounds("memory", "at least 16MiB"));
         }
         let workers = all.workers.unwrap_or(WORKERS);
         if !(1..=WORKERS_MAX).contains(&workers) {
-            return Err(ConfigError::value(&main, "workers", "1 to 64"));
+            return Err(said.out_of_bounds("workers", "1 to 64"));
         }
         Ok(Self {
-            metrics: all.metrics.checked(&main)?,
+            metrics: all.metrics.checked(&said)?,
             control: all.control.ok_or_else(|| missing("control"))?,
             name: all.name.ok_or_else(|| missing("name"))?,
             memory_bytes,
@@ -207,12 +233,11 @@ impl MetricsPart {
     }
 
     /// Only this host may ask: metrics tell names, and have no password.
-    fn checked(&self, main: &Path) -> Result<Option<SocketAddr>, ConfigError> {
+    fn checked<S>(&self, said: &Gathered<S>) -> Result<Option<SocketAddr>, ConfigError> {
         match self.listen {
-            Some(address) if !address.ip().is_loopback() => Err(ConfigError::value(
-                main,
-                "metrics.listen",
-                "a loopback address, such as 127.0.0.1:9743",
+            Some(address) if !address.ip().is_loopback() => Err(said.out_of_bounds(
+                "metrics",
+                "`listen` is a loopback address, such as 127.0.0.1:9743",
             )),
             listen => Ok(listen),
         }
@@ -257,7 +282,7 @@ struct AgentPart {
 impl Schema for ControlPart {
     const ROLE: &'static str = "control";
     const KEYS: &'static [&'static str] = &["listen", "store", "certificate_life", "metrics"];
-    const TABLES: &'static [(&'static str, &'static [&'static str])] = &[];
+    const TABLES: &'static [(&'static str, &'static [&'static str])] = &[METRICS];
 }
 
 impl Schema for TargetPart {

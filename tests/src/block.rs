@@ -1,9 +1,7 @@
-//! Block devices made for a test: loop devices over sparse files, a slow one over nbdkit's delay
-//! filter, mounts, and the byte-for-byte comparison.
+//! Block devices made for a test: loop devices over sparse files, mounts, and the byte-for-byte
+//! comparison.
 
-use crate::daemon::Child;
 use crate::wait_until;
-use nix::unistd::Pid;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -28,6 +26,7 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
 /// A loop device; detached when dropped.
 pub struct LoopDevice {
     path: PathBuf,
+    file: PathBuf,
 }
 
 impl LoopDevice {
@@ -40,9 +39,17 @@ impl LoopDevice {
 
     /// Over an existing file.
     pub fn over(file: &Path, direct: bool) -> Self {
-        let file = file.to_str().expect("UTF-8");
+        let name = file.to_str().expect("UTF-8");
         let direct = if direct { "--direct-io=on" } else { "--direct-io=off" };
-        Self { path: run("losetup", &["--find", "--show", direct, file]).into() }
+        let path = run("losetup", &["--find", "--show", direct, name]).into();
+        Self { path, file: file.to_owned() }
+    }
+
+    /// Makes file and device so long, while they are in use.
+    pub fn resize(&self, bytes: u64) {
+        let file = std::fs::OpenOptions::new().write(true).open(&self.file).expect("its file");
+        file.set_len(bytes).expect("another length");
+        run("losetup", &["--set-capacity", self.path.to_str().expect("UTF-8")]);
     }
 
     /// `/dev/loopN`.
@@ -65,68 +72,6 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
-    }
-}
-
-/// A loop device whose writes reach the medium `delay` after they were issued, while reads are
-/// served at once: nbdkit's delay filter, nbdfuse with enough connections that no read waits behind
-/// a write, and a loop device in direct mode (else its page cache would serve the reads).
-pub struct SlowDevice {
-    /// The loop device. (Fields are dropped in this order: each lies on the next.)
-    pub device: LoopDevice,
-    _mount: FuseMount,
-    _fuse: Child,
-    server: Child,
-}
-
-struct FuseMount(PathBuf);
-
-impl Drop for FuseMount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
-/// More than the writes and reads that a test has in flight.
-const CONNECTIONS: &str = "16";
-
-impl SlowDevice {
-    /// `bytes` of memory behind the delay.
-    pub fn new(dir: &Path, bytes: u64, delay: Duration) -> Self {
-        let socket = dir.join("slow.sock");
-        let mountpoint = dir.join("slow");
-        File::create(&mountpoint).expect("a mount point");
-        let server = Child::spawn(
-            "nbdkit",
-            Command::new("nbdkit").args(["--foreground", "--unix"]).arg(&socket).args([
-                "--filter=delay",
-                "memory",
-                &bytes.to_string(),
-                &format!("delay-write={}ms", delay.as_millis()),
-            ]),
-        );
-        wait_until("nbdkit listens", Duration::from_secs(10), || {
-            socket.exists().then_some(()).ok_or_else(|| server.log())
-        });
-        let fuse = Child::spawn(
-            "nbdfuse",
-            Command::new("nbdfuse")
-                .args(["--connections", CONNECTIONS])
-                .arg(&mountpoint)
-                .arg("--unix")
-                .arg(&socket),
-        );
-        wait_until("nbdfuse serves the file", Duration::from_secs(10), || {
-            let size = mountpoint.metadata().map(|m| m.len()).unwrap_or(0);
-            (size == bytes).then_some(()).ok_or_else(|| fuse.log())
-        });
-        let device = LoopDevice::over(&mountpoint, true);
-        Self { device, _mount: FuseMount(mountpoint), _fuse: fuse, server }
-    }
-
-    /// What answers for the medium: stopped, every read and write waits.
-    pub fn medium(&self) -> Pid {
-        self.server.pid()
     }
 }
 
@@ -212,7 +157,8 @@ mod ioctl {
     nix::ioctl_none!(blkflsbuf, 0x12, 97);
 }
 
-fn open(path: &Path) -> (File, u64) {
+/// Opens a file or device for reading, with nothing of it in the page cache; also its size, bytes.
+pub(crate) fn open(path: &Path) -> (File, u64) {
     use std::io::{Seek, SeekFrom};
     use std::os::unix::fs::FileTypeExt;
     let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

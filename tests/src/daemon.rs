@@ -53,12 +53,21 @@ impl Child {
 
     /// The end of what it printed.
     pub fn log(&self) -> String {
+        format!("--- {}\n{}", self.name, self.end_of_log(LOG_BYTES_SHOWN))
+    }
+
+    /// All that it printed.
+    pub fn whole_log(&self) -> String {
+        self.end_of_log(usize::MAX)
+    }
+
+    fn end_of_log(&self, bytes_max: usize) -> String {
         // The child shares this descriptor's offset: read by position, never by seeking.
         let bytes = self.output.metadata().map(|m| m.len()).unwrap_or(0) as usize;
-        let start = bytes.saturating_sub(LOG_BYTES_SHOWN);
+        let start = bytes.saturating_sub(bytes_max);
         let mut text = vec![0; bytes - start];
         let _ = std::os::unix::fs::FileExt::read_exact_at(&self.output, &mut text, start as u64);
-        format!("--- {}\n{}", self.name, String::from_utf8_lossy(&text))
+        String::from_utf8_lossy(&text).into_owned()
     }
 }
 

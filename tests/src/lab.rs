@@ -5,10 +5,12 @@ use crate::daemon::Child;
 use crate::network::{Network, SITE_ADDRESS};
 use crate::wait_until;
 use nix::unistd::Pid;
-use secondsite_control::api::{Points, ServerStatus, Status};
+use secondsite_control::api::{Point, Points, ServerStatus, Status, VolumeStatus};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -108,23 +110,33 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 impl Lab {
     /// A second site on loopback, with control and target running; nothing has joined.
     pub fn new() -> Self {
-        Self::with(None)
+        Self::with(None, None)
+    }
+
+    /// The same with the target's store in a folder of a test's own file system, nothing of which
+    /// is held in reserve.
+    pub fn with_store(store: &Path) -> Self {
+        Self::with(None, Some(store))
     }
 
     /// The same with the two sides in network namespaces of their own.
     pub fn on_a_network() -> Self {
-        Self::with(Some(Network::new()))
+        Self::with(Some(Network::new()), None)
     }
 
-    fn with(network: Option<Network>) -> Self {
+    fn with(network: Option<Network>, own_store: Option<&Path>) -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::Builder::new().prefix("secondsite-lab-").tempdir().expect("a folder");
         let port = free_port();
         let mut lab = Self { daemons: BTreeMap::new(), network, port, dir, _alone: alone };
-        let store = lab.path("store").display().to_string();
+        let store = own_store.map_or_else(|| lab.path("store"), Path::to_owned);
+        let store = store.display().to_string();
         let listen = lab.address();
         let setup = ["setup", "--store", &store, "--listen", &listen, "--no-start", "--yes"];
         lab.cli(Side::Site, &setup).ok();
+        if own_store.is_some() {
+            lab.configure_target("reserve = '0MiB'\n");
+        }
         lab.start(Daemon::Control);
         wait_until("control answers", START_LIMIT, || {
             let answer = lab.cli(Side::Site, &["status", "--json"]);
@@ -132,6 +144,13 @@ impl Lab {
         });
         lab.start_target();
         lab
+    }
+
+    /// Appends to `target.toml`.
+    pub fn configure_target(&self, text: &str) {
+        let path = self.config_dir(Side::Site).join("target.toml");
+        let mut file = OpenOptions::new().append(true).open(path).expect("target.toml");
+        file.write_all(text.as_bytes()).expect("append");
     }
 
     /// Starts the target and waits until it listens.
@@ -193,6 +212,11 @@ impl Lab {
         outcome(output.expect("the built binary runs"))
     }
 
+    /// Starts a command of the operator at the second site that takes its time.
+    pub fn spawn_cli(&self, arguments: &[&str]) -> Child {
+        Child::spawn(arguments[0], self.command(Side::Site).args(arguments))
+    }
+
     /// Starts a daemon; any earlier one of its kind must be gone.
     pub fn start(&mut self, daemon: Daemon) {
         self.start_with(daemon, &[]);
@@ -239,14 +263,28 @@ impl Lab {
 
     /// Joins as [`SERVER`] and starts the agent.
     pub fn join(&mut self) {
+        self.join_with("");
+    }
+
+    /// The same with `settings` added to agent.toml.
+    pub fn join_with(&mut self, settings: &str) {
         self.try_join(&self.token(), SERVER).ok();
+        let path = self.config_dir(Side::Server).join("agent.toml");
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        std::fs::write(&path, format!("{settings}\n{before}")).expect("agent.toml");
         self.start(Daemon::Replicate);
     }
 
     /// Protects a device of the server.
     pub fn protect(&self, device: &Path, more: &[&str]) -> Outcome {
-        let device = device.to_str().expect("UTF-8");
-        let words = ["protect", SERVER, "--volumes", device, "--yes"];
+        self.protect_all(&[device], more)
+    }
+
+    /// Protects devices of the server.
+    pub fn protect_all(&self, devices: &[&Path], more: &[&str]) -> Outcome {
+        let devices: Vec<_> = devices.iter().map(|path| path.to_str().expect("UTF-8")).collect();
+        let devices = devices.join(",");
+        let words = ["protect", SERVER, "--volumes", &devices, "--yes"];
         self.cli(Side::Site, &[&words, more].concat())
     }
 
@@ -291,22 +329,61 @@ impl Lab {
         }
     }
 
-    /// Waits until the first volume has committed an epoch after `epoch`.
+    /// Waits until every volume has committed an epoch after `epoch`; returns the highest.
     pub fn wait_for_epoch_after(&mut self, epoch: u64, limit: Duration) -> u64 {
-        let what = format!("an epoch after {epoch} is committed");
-        let status = self.wait(&what, limit, |status| epoch_of(status) > epoch);
-        epoch_of(&status)
+        let what = format!("an epoch after {epoch} is committed on every volume");
+        let epochs = |status: &ServerStatus| -> Vec<u64> {
+            status.volumes.iter().map(|volume| volume.epoch.unwrap_or(0)).collect()
+        };
+        let status = self.wait(&what, limit, |status| {
+            let epochs = epochs(status);
+            !epochs.is_empty() && epochs.into_iter().all(|newest| newest > epoch)
+        });
+        epochs(&status).into_iter().max().expect("a volume")
     }
 
-    /// Waits until the replica volume holds the newest committed epoch; returns its path.
+    /// Waits until the replica volumes hold what is now the newest exact point, or a later one;
+    /// returns the first's path.
     pub fn wait_until_promoted(&mut self, limit: Duration) -> PathBuf {
+        let point = self.newest_exact().expect("an exact point");
         let status = self.wait("all is promoted", limit, |status| {
-            status
-                .volumes
-                .iter()
-                .all(|volume| volume.epoch.is_some() && volume.epoch == volume.promoted_epoch)
+            let holds = |volume: &VolumeStatus| {
+                volume.promoted_epoch >= point.epochs.get(&volume.name).copied()
+            };
+            status.volumes.iter().all(holds)
         });
-        status.volumes[0].replica.clone().expect("a replica volume").into()
+        replica_of(&status.volumes[0])
+    }
+
+    /// The newest exact point that lacks no volume.
+    pub fn newest_exact(&self) -> Option<Point> {
+        let mut points = self.points().points.into_iter().rev();
+        points.find(|point| point.consistency != "fuzzy" && point.lacking.is_empty())
+    }
+
+    /// With the agent gone nothing new arrives: waits until the replica volumes have come to rest
+    /// at the newest exact point.
+    pub fn wait_until_at_rest(&mut self, limit: Duration) -> Point {
+        assert!(!self.daemons.contains_key(&Daemon::Replicate), "the agent still runs");
+        crate::wait_until("the replica volumes hold the newest exact point", limit, || {
+            let (status, point) = (self.status()?, self.newest_exact());
+            let holds = |point: &Point, volume: &VolumeStatus| {
+                point.epochs.get(&volume.name).copied() == volume.promoted_epoch
+            };
+            match point {
+                Some(point) if status.volumes.iter().all(|volume| holds(&point, volume)) => {
+                    Ok(point)
+                }
+                other => Err(format!("{other:?} of {:?}", status.volumes)),
+            }
+        })
+    }
+
+    /// The replica volume of a device of the server.
+    pub fn replica(&self, device: &Path) -> PathBuf {
+        let status = self.status().expect("control answers");
+        let volume = status.volumes.iter().find(|volume| Path::new(&volume.path) == device);
+        replica_of(volume.unwrap_or_else(|| panic!("{} is not protected", device.display())))
     }
 
     /// `cut --wait`; returns the point's id.
@@ -321,6 +398,11 @@ impl Lab {
     pub fn points(&self) -> Points {
         let answer = self.cli(Side::Site, &["points", SERVER, "--json"]).ok();
         serde_json::from_str(&answer.stdout).expect("the points document")
+    }
+
+    /// Whether a daemon that runs said this.
+    pub fn has_said(&self, daemon: Daemon, words: &str) -> bool {
+        self.daemons.get(&daemon).is_some_and(|child| child.whole_log().contains(words))
     }
 
     /// What the daemons said last.
@@ -343,6 +425,10 @@ impl Drop for Lab {
             let _ = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/secondsite").join(id));
         }
     }
+}
+
+fn replica_of(volume: &VolumeStatus) -> PathBuf {
+    volume.replica.clone().expect("a replica volume").into()
 }
 
 /// Newest committed epoch of the first volume; 0 before.

@@ -7,9 +7,14 @@
 
 pub mod block;
 pub mod daemon;
+pub mod decoders;
+pub mod faulty;
+pub mod file_system;
 pub mod lab;
 pub mod load;
 pub mod network;
+pub mod ordered;
+pub mod postgres;
 pub mod random;
 pub mod threads;
 

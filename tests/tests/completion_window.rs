@@ -2,7 +2,8 @@
 //! completes. nbdkit's delay filter under the loop device widens that window to tens of
 //! milliseconds: with marks at queue only, every run loses updates; with both, none does.
 
-use secondsite_tests::block::{COMPARE_BYTES, SlowDevice};
+use secondsite_tests::block::COMPARE_BYTES;
+use secondsite_tests::faulty::slow_device;
 use secondsite_tests::load::{Aligned, Load};
 use secondsite_tests::random::Random;
 use secondsite_tracker::device::Device;
@@ -54,8 +55,8 @@ fn marks_at_queue_and_completion_lose_nothing() {
 /// blocks of the copy differ.
 fn follow(completion_marks: bool, random: &mut Random) -> Run {
     let dir = tempfile::tempdir().expect("a folder");
-    let slow = SlowDevice::new(dir.path(), VOLUME_BYTES, DELAY);
-    let path = slow.device.path();
+    let slow = slow_device(dir.path(), VOLUME_BYTES, DELAY);
+    let path = slow.path();
     let device = Device::open(path).expect("a device");
     let pins = Pins::new();
     let options = Options { completion_marks };
@@ -76,7 +77,7 @@ fn follow(completion_marks: bool, random: &mut Random) -> Run {
 
     let gap = match tracker.audit() {
         Audit::Gap(why) => Some(why),
-        Audit::Good | Audit::Busy => None,
+        Audit::Good | Audit::Busy | Audit::Resized => None,
     };
     let mut now = vec![0; VOLUME_BYTES as usize];
     read(&reader, BlockRun { first: 0, count: VOLUME_BYTES / COMPARE_BYTES as u64 }, &mut now);

@@ -3,7 +3,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use secondsite_tests::block::SlowDevice;
+use secondsite_tests::faulty::slow_device;
 use secondsite_tests::lab::{Daemon, Lab, SERVER, Side};
 use secondsite_tests::threads::{Held, named, system_call};
 use secondsite_tests::wait_until;
@@ -194,7 +194,7 @@ fn documented() -> BTreeMap<String, (String, BTreeSet<String>)> {
 #[test]
 fn init_is_told_the_truth_and_metrics_are_as_documented() {
     let dir = tempfile::tempdir().unwrap();
-    let slow = SlowDevice::new(dir.path(), VOLUME_BYTES, Duration::ZERO);
+    let slow = slow_device(dir.path(), VOLUME_BYTES, Duration::ZERO);
     let mut lab = Lab::new();
     lab.stop(Daemon::Target);
     lab.stop(Daemon::Control);
@@ -202,7 +202,7 @@ fn init_is_told_the_truth_and_metrics_are_as_documented() {
     let target = Init::start(&mut lab, Daemon::Target);
     lab.try_join(&lab.token(), SERVER).ok();
     let agent = Init::start(&mut lab, Daemon::Replicate);
-    lab.protect(slow.device.path(), &["--rpo", "3s"]).ok();
+    lab.protect(slow.path(), &["--rpo", "3s"]).ok();
     lab.wait_for_epoch_after(1, LIMIT);
     lab.wait_until_promoted(LIMIT);
     let socket = |daemon| match daemon {

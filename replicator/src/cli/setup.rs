@@ -140,6 +140,9 @@ fn is_configured(paths: &Paths) -> Result<bool, Failure> {
 /// anew: nobody else could do that.
 fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> Result<(), Failure> {
     let paths = &context.paths;
+    if let Some(newer) = daemon::control::newer(error) {
+        return Err(newer);
+    }
     let failed = |error: anyhow::Error| Failure::new(Exit::Failed, format!("setup: {error:#}"));
     let mut renewed = Vec::new();
     for name in [OPERATOR, TARGET] {
@@ -203,6 +206,11 @@ fn check_store(store: &Path, dry_run: bool) -> Result<(), Failure> {
         talk_ok(&text);
     }
     Ok(())
+}
+
+/// The kind of file system that a folder is on.
+pub(super) fn kind_of(dir: &Path) -> nix::Result<&'static str> {
+    Ok(kind(statfs(dir)?.filesystem_type()))
 }
 
 fn kind(magic: FsType) -> &'static str {

@@ -2,12 +2,13 @@
 
 use super::init::{self, Signals};
 use super::lock::Lock;
+use super::log::{self, LogFormat};
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{ControlConfig, Paths};
 use crate::metrics;
 use crate::pulse;
 use secondsite_control::observed::ROUND;
-use secondsite_control::run::{self, CONTROL};
+use secondsite_control::run::{self, CONTROL, NewerStore};
 use std::cell::Cell;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -20,11 +21,11 @@ const WORKERS: usize = 2;
 const DATABASE: &str = "control.db";
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(paths: &Paths) -> Result<(), Failure> {
+pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let config = ControlConfig::load(paths)?;
     let _lock = Lock::take(paths, CONTROL)?;
     let signals = Signals::block()?;
-    init::start_log();
+    log::start(format)?;
 
     let mut settings =
         run::ControlConfig::new(config.listen, database(paths, &config), paths.pki.clone());
@@ -52,7 +53,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     ));
     // The sender is dropped when the server ends without having been ready.
     if let Ok(address) = when_ready.recv() {
-        tracing::info!("control listens on {address}, version {}", env!("CARGO_PKG_VERSION"));
+        tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "control listens");
         let (seen_by_metrics, handle) = (Arc::clone(&observed), runtime.handle().clone());
         metrics::serve(&paths.metrics(CONTROL, config.metrics), move || {
             let snapshot = handle.block_on(seen_by_metrics.snapshot())?;
@@ -98,7 +99,21 @@ pub fn hosts(listen: SocketAddr) -> Vec<String> {
     hosts
 }
 
+/// What a database of a newer version means for a command.
+pub fn newer(error: &anyhow::Error) -> Option<Failure> {
+    let newer = error.chain().find_map(|cause| cause.downcast_ref::<NewerStore>())?;
+    let hint = format!(
+        "install the newer Secondsite again, or restore {} from a backup of this version",
+        newer.path.display()
+    );
+    let failure = Failure::new(Exit::Config, newer.to_string());
+    Some(failure.still("replication goes on without control").hint(hint))
+}
+
 fn failed(listen: SocketAddr, error: &anyhow::Error) -> Failure {
+    if let Some(newer) = newer(error) {
+        return newer;
+    }
     let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     let failure = |exit| Failure::new(exit, format!("control: {error:#}"));
     match kind.map(std::io::Error::kind) {

@@ -253,7 +253,10 @@ async fn tending<S: Side>(side: &S, shared: &Shared) {
                 sleep(TEND_EVERY).await;
             }
             Err(error) => {
-                tracing::debug!("inventory: {error}");
+                match &error {
+                    LinkError::Inventory(error) => tracing::warn!("{error}"),
+                    error => tracing::debug!("inventory: {error}"),
+                }
                 sleep(pause.next(began)).await;
             }
         }

@@ -1,4 +1,4 @@
-//! What a daemon and init say to each other: readiness, status, watchdog, signals; and the log.
+//! What a daemon and init say to each other: readiness, status, watchdog, signals.
 //!
 //! Without init (no NOTIFY_SOCKET) all of this does nothing. The watchdog is fed only while every
 //! loop of the daemon goes round or waits for the outside ([`crate::pulse`]).
@@ -9,34 +9,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sd_notify::NotifyState;
-use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use tracing_subscriber::EnvFilter;
 
 /// How often the status line and the watchdog are looked after.
 const TICK: Duration = Duration::from_secs(1);
 /// Without a watchdog, what hangs for so long is at least said.
 const HANG: Duration = Duration::from_secs(60);
-
-/// Sends the log to stderr. `SECONDSITE_LOG` chooses what is logged (`info` unless set). Under
-/// journald lines carry no time of their own.
-pub fn start_log() {
-    let filter =
-        EnvFilter::try_from_env("SECONDSITE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let colour = std::io::stderr().is_terminal() && crate::cli::output::colour_wanted();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(colour);
-    // A second call (there is none in the binary) would change nothing.
-    let _ = if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.without_time().try_init()
-    } else {
-        log.try_init()
-    };
-}
 
 /// SIGTERM and SIGINT as something to wait for. Make it before the first thread: threads inherit
 /// the blocked signals.

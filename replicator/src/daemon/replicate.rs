@@ -8,6 +8,7 @@ use super::agent_side::{AgentSide, ENROLMENT, Enrolment};
 use super::control_link::{Link, Shared, Side};
 use super::init::{self, Signals};
 use super::lock::Lock;
+use super::log::{self, LogFormat};
 use super::state::StateDir;
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{AgentConfig, Paths};
@@ -20,10 +21,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Below this lie the pins of all agents, each under its server's id.
-const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
+pub const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(paths: &Paths) -> Result<(), Failure> {
+pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let config = AgentConfig::load(paths)?;
     let (identity, server_id) = identity(paths)?;
     let state = StateDir::open(&paths.state, AgentSide::ROLE)?;
@@ -39,8 +40,9 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         Failure::new(Exit::Unavailable, error.to_string())
             .hint(format!("look at {}; run as root", paths.run.display()))
     })?;
-    init::start_log();
-    tracing::info!("agent {} of {server_id}, version {}", config.name, env!("CARGO_PKG_VERSION"));
+    log::start(format)?;
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(server = server_id, name = config.name, version, "agent started");
 
     let here = machine::digest();
     let shared = Shared::new(config.control.clone(), Arc::clone(&identity))

@@ -3,6 +3,7 @@
 use super::control_link::{Link, Shared, Side};
 use super::init::{self, Signals};
 use super::lock::Lock;
+use super::log::{self, LogFormat};
 use super::state::StateDir;
 use super::target_side::{ASSIGNMENT, TargetSide};
 use crate::cli::failure::{Exit, Failure};
@@ -14,14 +15,15 @@ use secondsite_control::pki::{Identity, Role};
 use std::sync::Arc;
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(paths: &Paths) -> Result<(), Failure> {
+pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let config = TargetConfig::load(paths)?;
     let identity = identity(paths)?;
     let state = StateDir::open(&paths.state, TargetSide::ROLE)?;
     let _lock = Lock::take(paths, TargetSide::ROLE)?;
     let signals = Signals::block()?;
-    init::start_log();
-    tracing::info!("target at {}, version {}", config.listen, env!("CARGO_PKG_VERSION"));
+    log::start(format)?;
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(address = %config.listen, version, "target started");
 
     let nothing = TargetAssignment { version: 0, servers: Vec::new() };
     let assignment: TargetAssignment = state.read(ASSIGNMENT)?.unwrap_or(nothing);

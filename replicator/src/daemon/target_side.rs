@@ -54,11 +54,8 @@ impl Side for TargetSide {
         let version = self.version.load(Ordering::Relaxed);
         let poll = client.target_poll(version, POLL_SECONDS).await?;
         if let Some(assignment) = poll.assignment {
-            tracing::info!(
-                "assignment {}: {} servers",
-                assignment.version,
-                assignment.servers.len()
-            );
+            let (version, servers) = (assignment.version, assignment.servers.len());
+            tracing::info!(version, servers, "new assignment");
             self.state.write::<TargetAssignment>(ASSIGNMENT, &assignment)?;
             self.version.store(assignment.version, Ordering::Relaxed);
             self.target.assign(assignment);

@@ -1,20 +1,8 @@
 //! What a control server shows.
 
 use super::{Page, flag, seconds, seconds_of_ns};
+use secondsite_control::codes::State;
 use secondsite_control::observed::{Observed, Snapshot};
-
-/// The states of a server, as `secondsite status` names them.
-const STATES: [&str; 9] = [
-    "joined",
-    "waiting",
-    "first copy",
-    "comparing",
-    "protected",
-    "behind",
-    "away",
-    "stopped",
-    "unprotected",
-];
 
 /// The text of a scrape.
 pub fn render(observed: &Observed, snapshot: &Snapshot) -> String {
@@ -28,16 +16,16 @@ pub fn render(observed: &Observed, snapshot: &Snapshot) -> String {
     page.gauges(
         "secondsite_control_servers",
         "Servers in this state",
-        STATES.map(|state| {
-            let count = servers.iter().filter(|server| server.state == state).count();
-            (vec![("state", state.replace(' ', "_"))], count as f64)
+        State::ALL.iter().map(|state| {
+            let count = servers.iter().filter(|server| server.state == *state).count();
+            (vec![("state", state.code().to_owned())], count as f64)
         }),
     );
     let label = |name: &str| vec![("server", name.to_owned())];
     page.gauges(
         "secondsite_control_server_inside_goal",
         "1 if the server is protected and its loss is inside its goal",
-        servers.iter().map(|server| (label(&server.name), flag(server.state == "protected"))),
+        servers.iter().map(|server| (label(&server.name), flag(server.state == State::Protected))),
     );
     page.gauges(
         "secondsite_control_server_goal_seconds",

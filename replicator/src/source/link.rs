@@ -10,8 +10,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, StreamOwned};
 use secondsite_control::pki::{self, Identity, Role};
+use secondsite_format::FormatError;
 use secondsite_format::frame::{Frame, FrameKind};
-use secondsite_format::message::{Hello, Message, PROTOCOL, Reply, Welcome};
+use secondsite_format::message::{Hello, Message, Reply, Welcome};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,8 +23,12 @@ const TARGET_NAME: &str = "target.secondsite.internal";
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// How long an answer may take: the longest is a commit with its fsync.
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
+/// How long a handshake that only asks may stand still.
+const REACH_LIMIT: Duration = Duration::from_secs(5);
 /// How long a send may stand still.
 const SEND_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last message of a session may take to be handed to the kernel.
+const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 /// How long sent bytes may stay unacknowledged, milliseconds.
 const USER_TIMEOUT_MS: u32 = 30_000;
 /// When the kernel asks whether a silent peer lives, and how often, seconds.
@@ -109,13 +114,16 @@ impl TlsDial {
         let tls = handshake(stream, &identity).map_err(|error| named(&error))?;
         let mut link = TlsLink { connection: Connection::new(tls) };
         link.connection.send_message(hello)?;
-        let welcome: Welcome = link.connection.receive_message("welcome")?;
-        if welcome.protocol != PROTOCOL {
-            return Err(LinkError::Lost(format!(
-                "{target} speaks version {} of the protocol, this agent version {PROTOCOL}: upgrade the older side",
-                welcome.protocol
-            )));
-        }
+        let welcome: Welcome =
+            link.connection.receive_message("welcome").map_err(|error| match error {
+                WireError::Format(FormatError::Protocol { found, known }) => {
+                    LinkError::Lost(format!(
+                        "{target} speaks protocol {found}, this agent {known}: upgrade the older \
+                         side"
+                    ))
+                }
+                error => error.into(),
+            })?;
         Ok((Box::new(link), welcome))
     }
 }
@@ -153,6 +161,16 @@ fn handshake(mut stream: TcpStream, identity: &Identity) -> anyhow::Result<Tls> 
     }
 }
 
+/// Connects to a target as an agent would and says nothing: whether it is there and believes us.
+pub fn reach(target: &str, identity: &Identity) -> Result<(), String> {
+    let stream = connect(target).map_err(|error| error.to_string())?;
+    let tls = stream
+        .set_read_timeout(Some(REACH_LIMIT))
+        .map_err(anyhow::Error::from)
+        .and_then(|()| handshake(stream, identity));
+    tls.map(drop).map_err(|error| format!("{error:#}"))
+}
+
 struct TlsLink {
     connection: Connection<Tls>,
 }
@@ -188,6 +206,16 @@ impl TlsLink {
             }
         }
         error.into()
+    }
+}
+
+impl Drop for TlsLink {
+    /// Says goodbye, so that the target can tell an end from a broken line; nobody waits for it.
+    fn drop(&mut self) {
+        let stream = self.connection.stream_mut();
+        let _ = stream.sock.set_write_timeout(Some(GOODBYE_LIMIT));
+        stream.conn.send_close_notify();
+        let _ = stream.conn.write_tls(&mut stream.sock);
     }
 }
 

@@ -163,9 +163,11 @@ impl Source {
         }
     }
 
-    /// A renewed certificate.
+    /// A renewed certificate. Sessions begin anew with it: the target takes an epoch only from the
+    /// key of its own session.
     pub fn set_identity(&self, identity: Arc<Identity>) {
         lock(&self.runner.place).identity = Some(identity);
+        lock(&self.volumes).values().for_each(VolumeThread::redial);
     }
 
     /// Ends all threads; marking goes on in the kernel.
@@ -193,8 +195,10 @@ fn report(id: String, status: Status, backlog_bytes: u64) -> VolumeReport {
         id,
         phase: status.phase,
         reason: status.reason,
+        code: status.code,
         tracker: status.tracker.into(),
         tracker_reason: status.tracker_reason,
+        tracker_code: status.tracker_code,
         cut: status.cut.into(),
         progress_bytes: status.progress,
         backlog_bytes,

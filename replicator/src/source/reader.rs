@@ -298,12 +298,15 @@ impl RingDisk {
         if same(&now) != same(&self.device) {
             return Err(self.gone("another disk has taken its place"));
         }
-        if now.size_bytes != self.device.size_bytes {
-            return Err(DiskError::Resized {
-                path: self.device.path.clone(),
-                found: now.size_bytes,
-                expected: self.device.size_bytes,
-            });
+        let (path, before) = (self.device.path.clone(), self.device.size_bytes);
+        match now.size_bytes.cmp(&before) {
+            std::cmp::Ordering::Equal => {}
+            std::cmp::Ordering::Less => {
+                return Err(DiskError::Shrunk { path, before, now: now.size_bytes });
+            }
+            std::cmp::Ordering::Greater => {
+                return Err(DiskError::Grown { path, before, now: now.size_bytes });
+            }
         }
         // The file that is read, too: its node may be a new one for the same number.
         let mut bytes = 0;

@@ -5,11 +5,13 @@
 //! what it had taken and not recorded.
 
 use crate::source::ledger::Ledger;
+use crate::source::pipeline::Purpose;
 use crate::source::runs::{merge, subtract};
 use crate::source::seams::{Batch, LinkError};
 use crate::source::shipper::{Session, Shipper, StepError};
 use crate::source::stream::{encode, encode_batches};
 use crate::source::volume::{Bench, Verdict};
+use secondsite_control::codes::Reason;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::Epoch;
 use secondsite_format::limits::UNREADABLE_MAX;
@@ -65,7 +67,7 @@ impl Shipper {
             &commons.workers,
             &volume,
             runs,
-            false,
+            Purpose::Epoch,
             |encoded| {
                 let (session, ledger) = self.parts()?;
                 if let Some((body, digest)) = encoded.body {
@@ -233,9 +235,10 @@ impl Shipper {
         if let Some((offset, bytes)) = unreadable.first() {
             let (count, path) = (unreadable.len(), volume.path.display());
             volume.face.update(|status| {
-                status.fuzzy = format!(
+                let why = format!(
                     "{path}: {count} range(s) cannot be read, the first at byte {offset} ({bytes} bytes): points lack them and are fuzzy; they are tried again with every epoch, check the disk"
                 );
+                status.fuzzy = Some((Reason::BlocksUnreadable, why));
             });
         }
         let exact = unreadable.is_empty() && verdict.consistency != Consistency::Fuzzy;

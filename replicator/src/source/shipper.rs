@@ -15,6 +15,7 @@ use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
 use crate::source::verify::Verify;
 use crate::source::volume::{Outcome, Task, VerifyState, Volume};
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
 use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
 use std::sync::Arc;
@@ -97,6 +98,7 @@ pub struct Shipper {
     /// The doubt was counted in the report.
     counted: bool,
     lost_disk: bool,
+    grown: bool,
 }
 
 impl Shipper {
@@ -120,6 +122,7 @@ impl Shipper {
             doubt: String::new(),
             counted: false,
             lost_disk: false,
+            grown: false,
             commons,
         }
     }
@@ -136,6 +139,11 @@ impl Shipper {
     /// The volume cannot be read any more: it must be opened anew.
     pub fn lost_disk(&self) -> bool {
         self.lost_disk
+    }
+
+    /// It must be opened anew because it has grown: at once.
+    pub fn grown(&self) -> bool {
+        self.grown
     }
 
     fn work(&mut self) -> Result<Duration, StepError> {
@@ -256,7 +264,7 @@ impl Shipper {
             volume_bytes: self.volume.shape.volume_bytes,
         };
         let plan = plan(&known, welcome);
-        tracing::debug!(volume = %self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
+        tracing::debug!(volume = %self.volume.face.id, name = self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
         if plan.committed {
             self.committed(welcome.durable, welcome.chain);
             let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
@@ -269,6 +277,7 @@ impl Shipper {
         {
             // The doubt is stored first: a crash in between must not leave the number without it.
             marks.set_compare_due(true);
+            tracing::warn!(volume = %self.volume.face.name, "{why}: source and target are compared");
             self.doubt = why.into();
         }
         if plan.take_number {
@@ -326,14 +335,16 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Following;
             status.progress = None;
-            status.reason = if status.give_ups >= GIVE_UPS_ALARM {
-                format!(
+            let why = if status.give_ups >= GIVE_UPS_ALARM {
+                let reason = format!(
                     "{} epochs in a row could not be finished: see the agent's log, and check the network and the target's space",
                     status.give_ups
-                )
+                );
+                Some((Reason::EpochsGivenUp, reason))
             } else {
                 status.fuzzy.clone()
             };
+            (status.code, status.reason) = why.map_or_else(Default::default, |(code, reason)| (Some(code), reason));
         });
         self.settle();
     }
@@ -383,7 +394,9 @@ impl Shipper {
 
     /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
     pub(super) fn give_up(&mut self, why: &str) {
-        tracing::warn!(volume = %self.volume.face.name, why, "epoch given up");
+        let (face, cut) = (&self.volume.face, self.volume.marks().cut());
+        tracing::warn!(volume = %face.id, name = face.name, epoch = cut.epoch,
+            cut = %CutId(cut.cut_id), why, "epoch given up");
         {
             let mut bench = self.volume.bench();
             self.volume.marks().give_up();
@@ -415,7 +428,8 @@ impl Shipper {
     /// after this.
     pub(super) fn rebase(&self) {
         if let Err(error) = self.volume.tracker.rebase() {
-            tracing::warn!(volume = %self.volume.face.name, error, "audit cannot start anew");
+            let face = &self.volume.face;
+            tracing::warn!(volume = %face.id, name = face.name, error, "audit cannot start anew");
         }
     }
 
@@ -448,6 +462,7 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Comparing;
             status.progress = Some(compare.progress());
+            status.code = Some(Reason::MarksInDoubt);
             status.reason =
                 format!("{}; source and target are compared, only differences travel", self.doubt);
         });
@@ -496,6 +511,8 @@ impl Shipper {
                 let cut_id = self.volume.control().cut;
                 self.give_up(&why);
                 let dropped = cut_id.map_or(Ok(()), |cut_id| self.drop_staged(cut_id));
+                // What was given up may have been so because of the disk.
+                let dropped = dropped.and_then(|()| Ok(self.volume.bench().disk.check()?));
                 return match dropped {
                     Ok(()) => {
                         self.followed();
@@ -506,10 +523,20 @@ impl Shipper {
             }
             StepError::Disk(error) => {
                 self.hang_up(now);
-                if self.volume.control().cut.is_some() {
-                    self.give_up("the volume cannot be read");
+                if matches!(error, DiskError::Shrunk { .. }) {
+                    // Before anything else: what comes back with the size was written by nobody.
+                    self.volume.marks().set_compare_due(true);
                 }
-                self.stopped(error.to_string(), now);
+                if self.volume.control().cut.is_some() {
+                    self.give_up("the volume is opened anew");
+                }
+                self.grown = matches!(error, DiskError::Grown { .. });
+                if self.grown {
+                    tracing::info!(volume = %self.volume.face.name, %error, "opened anew");
+                    self.away(error.code(), error.to_string(), now);
+                } else {
+                    self.stopped(error.code(), error.to_string(), now);
+                }
                 self.lost_disk = true;
             }
             StepError::Link(LinkError::Refused(refusal)) => {
@@ -523,14 +550,16 @@ impl Shipper {
                     self.give_up("the target refused the epoch");
                 }
                 if refusal.code.retry() {
-                    self.away(format!("the target refuses for now: {}", refusal.message), now);
+                    let why = format!("the target refuses for now: {}", refusal.message);
+                    self.away(refused(refusal.code), why, now);
                 } else {
-                    self.stopped(refusal.message, now);
+                    self.stopped(refused(refusal.code), refusal.message, now);
                 }
             }
             StepError::Link(error) => {
                 self.hang_up(now);
                 self.away(
+                    Reason::NoSession,
                     format!("no session with the target ({error}); it is tried again by itself"),
                     now,
                 );
@@ -553,15 +582,32 @@ impl Shipper {
         }
     }
 
-    fn away(&mut self, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Connecting, reason);
+    fn away(&mut self, code: Reason, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Connecting, code, reason);
         self.dial_at = now + self.backoff.next(&self.commons.env.random());
         self.volume.coordinator.ring();
     }
 
-    fn stopped(&mut self, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Stopped, reason);
+    fn stopped(&mut self, code: Reason, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Stopped, code, reason);
         self.dial_at = now + REFUSED_EVERY;
         self.volume.coordinator.ring();
+    }
+}
+
+/// What a refusal of the target means for the volume.
+fn refused(code: RefusalCode) -> Reason {
+    match code {
+        RefusalCode::Protocol => Reason::VersionMismatch,
+        RefusalCode::NotAllowed => Reason::NotAssigned,
+        RefusalCode::OtherMachine => Reason::OtherMachine,
+        RefusalCode::Mismatch => Reason::VolumeMismatch,
+        RefusalCode::OutOfOrder | RefusalCode::Malformed | RefusalCode::Unproven => {
+            Reason::EpochRefused
+        }
+        RefusalCode::NoSpace => Reason::TargetFull,
+        RefusalCode::Storage => Reason::TargetStorage,
+        RefusalCode::Replaced => Reason::SessionReplaced,
+        RefusalCode::Stopping => Reason::TargetRestarting,
     }
 }

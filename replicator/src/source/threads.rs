@@ -11,7 +11,7 @@ use crate::source::link::{Hangup, TlsDial, Where};
 use crate::source::orders::Orders;
 use crate::source::pipeline::Workers;
 use crate::source::seams::{Env, Signer};
-use crate::source::shipper::{Commons, REFUSED_EVERY, Shipper};
+use crate::source::shipper::{Commons, Shipper};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{AgentAssignment, VolumeAssignment, VolumePhase};
 use secondsite_format::ids::{ServerId, VolumeId};
@@ -24,6 +24,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The longest that a thread waits without looking around.
 const WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// A device that cannot be opened, or whose disk was lost, is looked at again this often.
+const REOPEN_EVERY: Duration = Duration::from_secs(5);
 
 /// The system's clock and random source.
 pub struct SystemEnv {
@@ -96,6 +99,11 @@ impl VolumeThread {
         }
     }
 
+    /// Ends its session; it dials again.
+    pub fn redial(&self) {
+        self.ending.hangup.redial();
+    }
+
     /// Size of the volume, as assigned.
     pub fn assigned_bytes(&self) -> u64 {
         self.assigned.size_bytes
@@ -165,9 +173,15 @@ impl Runner {
         let mut ended: BTreeMap<String, JoinHandle<()>> = BTreeMap::new();
         threads.retain(|id, thread| {
             let still = volumes.iter().find(|volume| volume.id == *id);
-            if still == Some(&thread.assigned) {
+            // How far it goes says the device itself; a size that control has learned since is no
+            // other volume.
+            let same = |volume: &VolumeAssignment| {
+                let size_bytes = thread.assigned.size_bytes;
+                VolumeAssignment { size_bytes, ..volume.clone() } == thread.assigned
+            };
+            if still.is_some_and(same) {
                 if moved {
-                    thread.ending.hangup.redial();
+                    thread.redial();
                 }
                 return true;
             }
@@ -277,13 +291,21 @@ impl Thread {
             match pulse::outside(|| attach(&self.assigned, &pins, &self.face, memory, bell)) {
                 Ok((volume, ebpf)) => {
                     let volume = Arc::new(volume);
-                    self.ship(&volume);
+                    let grown = self.ship(&volume);
                     self.withdraw(&volume);
+                    if !grown && !self.ended() {
+                        // Its disk was lost: opened anew later, perhaps it is back.
+                        self.ending.bell.wait(REOPEN_EVERY);
+                    }
                     tracker = ebpf;
                 }
-                Err(reason) => {
-                    self.face.phase(VolumePhase::Stopped, reason);
-                    self.ending.bell.wait(REFUSED_EVERY);
+                Err((code, reason)) => {
+                    if self.face.status().reason != reason {
+                        let (volume, name) = (&self.assigned.id, &self.assigned.name);
+                        tracing::error!(volume, name, "stopped: {reason}");
+                    }
+                    self.face.phase(VolumePhase::Stopped, code, reason);
+                    self.ending.bell.wait(REOPEN_EVERY);
                 }
             }
         }
@@ -296,7 +318,8 @@ impl Thread {
         self.ending.end.load(Ordering::Acquire)
     }
 
-    fn ship(&self, volume: &Arc<Volume>) {
+    /// Ships until the thread is to end or the disk is lost; whether the volume has only grown.
+    fn ship(&self, volume: &Arc<Volume>) -> bool {
         let commons = Commons {
             env: self.runner.clock.clone(),
             memory: self.runner.memory.clone(),
@@ -317,18 +340,15 @@ impl Thread {
                 volume.bell.wait(wait.min(WAIT_MAX));
             }
         }
+        shipper.grown()
     }
 
     /// Takes the volume from the coordinator.
     fn withdraw(&self, volume: &Arc<Volume>) {
-        volume.stop();
         *lock(&self.running) = None;
         lock(&self.runner.protected).volumes.retain(|other| !Arc::ptr_eq(other, volume));
+        volume.close();
         self.runner.bell.ring();
-        if !self.ended() {
-            // Its disk was lost: opened anew later, perhaps it is back.
-            self.ending.bell.wait(REFUSED_EVERY);
-        }
     }
 
     fn remove(&self, tracker: Option<Arc<EbpfTracker>>, pins: &std::path::Path) {

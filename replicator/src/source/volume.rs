@@ -11,6 +11,7 @@ use crate::source::buffers::Buffer;
 use crate::source::runs::Shape;
 use crate::source::seams::{Batch, Disk, Tracker};
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, Epoch, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use secondsite_tracker::marks::{BlockRun, Marks};
@@ -129,10 +130,14 @@ pub struct Status {
     pub phase: VolumePhase,
     /// Why it is not simply following.
     pub reason: String,
+    /// The same as a code.
+    pub code: Option<Reason>,
     /// `ebpf`, `compare`, `none`.
     pub tracker: &'static str,
     /// Why no better one.
     pub tracker_reason: String,
+    /// The same as a code.
+    pub tracker_code: Option<Reason>,
     /// How the last cut was made.
     pub cut: &'static str,
     /// Done and total bytes of a first copy or compare.
@@ -141,8 +146,8 @@ pub struct Status {
     pub sent_bytes: u64,
     /// Bytes read for the epoch and not committed.
     pub compares: u64,
-    /// Why the last point was fuzzy; empty if it was exact.
-    pub fuzzy: String,
+    /// Why the last point was fuzzy; none if it was exact.
+    pub fuzzy: Option<(Reason, String)>,
     /// Epochs given up in a row.
     pub give_ups: u32,
     /// And in all.
@@ -164,13 +169,15 @@ impl Default for Status {
         Self {
             phase: VolumePhase::Connecting,
             reason: String::new(),
+            code: Some(Reason::Connecting),
             tracker: "none",
             tracker_reason: String::new(),
+            tracker_code: None,
             cut: "none",
             progress: None,
             sent_bytes: 0,
             compares: 0,
-            fuzzy: String::new(),
+            fuzzy: None,
             give_ups: 0,
             give_ups_total: 0,
             points_exact: 0,
@@ -247,10 +254,11 @@ impl Face {
     }
 
     /// A new phase with its reason.
-    pub fn phase(&self, phase: VolumePhase, reason: impl Into<String>) {
+    pub fn phase(&self, phase: VolumePhase, code: Reason, reason: impl Into<String>) {
         let reason = reason.into();
         self.update(|status| {
             status.phase = phase;
+            status.code = Some(code);
             status.reason = reason;
         });
     }
@@ -335,6 +343,9 @@ impl Volume {
     pub fn begin(&self, cut_id: CutId) -> bool {
         let mut bench = self.bench();
         let mut control = self.control();
+        if self.stopping() {
+            return false;
+        }
         let Some(epoch) = control.ready.take() else { return false };
         // `ready` is set only when the session has settled what became of the cut before, and
         // when that one neither stands nor holds a taken bit.
@@ -387,6 +398,14 @@ impl Volume {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.bell.ring();
+    }
+
+    /// After the shipper has ended: from now on nobody takes from these marks or begins a cut on
+    /// them, so that the volume may be opened anew. Both happen under the bench, and look at `stop`
+    /// there.
+    pub fn close(&self) {
+        self.stop();
+        drop(lock(&self.bench));
     }
 
     /// Whether the shipper is to end. Acquire pairs with the release in [`Self::stop`]; nothing

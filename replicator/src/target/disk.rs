@@ -2,7 +2,8 @@
 //! runs the same code over a faulty disk ([`memory`]) that the daemon runs over files ([`Folder`]).
 //!
 //! Invariants: a write is durable after `sync` of its file, a name after `sync_names` of its
-//! folder, and neither before. A file that was removed stays readable for who holds it open.
+//! folder, and neither before. A file that was removed stays readable for who holds it open. What
+//! is read may be younger than what is durable: only [`DiskFile::settle`] makes them the same.
 
 pub mod memory;
 
@@ -48,12 +49,14 @@ pub trait Disk: Send + Sync {
         SegmentBytes { enough: 16 << 20, max: 256 << 20 }
     }
 
-    /// The whole of a file of at most `bytes_max`, or none if there is no such file.
+    /// The whole of a file of at most `bytes_max` as the medium has it, or none if there is no such
+    /// file.
     fn read(&self, name: &str, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
         let file = match self.open(name) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
+        file.settle()?;
         let bytes = file.bytes()?;
         if bytes > bytes_max {
             return Err(io::Error::new(ErrorKind::InvalidData, "it is larger than it can be"));
@@ -85,6 +88,10 @@ pub trait DiskFile: Send + Sync {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Makes what was written durable. After an error nobody knows what is: stop.
     fn sync(&self) -> io::Result<()>;
+    /// Makes durable what was written, also by a process before this one, and makes reads see the
+    /// medium instead of a cache: what is read after this does not go with the power. A cache
+    /// still shows what a failed sync has lost.
+    fn settle(&self) -> io::Result<()>;
     /// Cuts or extends (with zeros) to `bytes`.
     fn truncate(&self, bytes: u64) -> io::Result<()>;
     /// Its size, bytes.
@@ -206,6 +213,10 @@ impl DiskFile for PlainFile {
         pulse::outside(|| self.file.sync_data())
     }
 
+    fn settle(&self) -> io::Result<()> {
+        settle(&self.file)
+    }
+
     fn truncate(&self, bytes: u64) -> io::Result<()> {
         pulse::outside(|| self.file.set_len(bytes))
     }
@@ -225,10 +236,16 @@ impl DiskFile for PlainFile {
     }
 }
 
+fn settle(file: &File) -> io::Result<()> {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+    file.sync_all()?;
+    // Everything is clean now, so all of it can be forgotten.
+    Ok(posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?)
+}
+
 /// A block device, held exclusively.
 pub struct Device {
     file: File,
-    bytes: u64,
 }
 
 /// `BLKGETSIZE64`: `_IOR(0x12, 114, size_t)`, gives bytes.
@@ -245,12 +262,7 @@ impl Device {
         if !file.metadata()?.file_type().is_block_device() {
             return Err(io::Error::new(ErrorKind::InvalidInput, "not a block device"));
         }
-        let mut bytes = 0u64;
-        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
-        if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { file, bytes })
+        Ok(Self { file })
     }
 }
 
@@ -285,12 +297,21 @@ impl DiskFile for Device {
         pulse::outside(|| self.file.sync_data())
     }
 
+    fn settle(&self) -> io::Result<()> {
+        settle(&self.file)
+    }
+
     fn truncate(&self, _bytes: u64) -> io::Result<()> {
         Err(io::Error::new(ErrorKind::Unsupported, "a device cannot be truncated"))
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        Ok(self.bytes)
+        let mut bytes = 0u64;
+        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(bytes)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {

@@ -6,6 +6,7 @@
 //! one.
 
 pub mod budget;
+pub mod conversation;
 pub mod disk;
 mod entry;
 pub mod index;
@@ -22,6 +23,7 @@ pub mod session;
 pub mod site;
 pub mod space;
 pub mod state;
+pub mod store;
 pub mod view;
 pub mod volume;
 
@@ -37,6 +39,7 @@ use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
+use store::Folders;
 
 /// A replica volume that is a block device of this host (`[[device]]` in target.toml).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,7 +101,7 @@ impl Target {
         listener.set_nonblocking(true)?;
         let listening = listener.local_addr()?;
         let site = SiteConfig {
-            store,
+            store: Box::new(Folders(store)),
             devices: config.devices,
             reserve_bytes: config.reserve_bytes,
             memory_bytes: config.memory_bytes,

@@ -158,7 +158,7 @@ impl Server {
             Ok((stream, peer)) => session::serve(&self.site, stream, handle, &peer),
             Err(error) => {
                 self.handshake_failures.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!("handshake with {address:?} failed: {error:#}");
+                tracing::warn!(peer = ?address, "handshake failed: {error:#}");
             }
         }
     }

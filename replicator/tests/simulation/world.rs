@@ -1,13 +1,19 @@
 //! A server in memory: disks, an application that writes to them at seeded moments and marks as the
-//! tracker does, a clock that moves only when asked.
+//! tracker does, a clock that moves only when asked; and the trace of all that happens.
+//!
+//! Every write has a stamp of its own in every sector, so that no two versions of a block are
+//! alike. The agent's process may be killed at any moment: it unwinds, and only marks stay.
 
 use secondsite::source::seams::{Batch, Disk, DiskError, Env, Freeze, Tracker};
 use secondsite_tracker::ebpf::Audit;
-use secondsite_tracker::marks::{BlockRun, Marks};
-use std::collections::BTreeSet;
+use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use xxhash_rust::xxh3::Xxh3;
 
 pub const BLOCK: usize = 4096;
 
@@ -30,11 +36,52 @@ impl Rng {
     }
 }
 
+/// How a process that is killed unwinds.
+pub struct Killed;
+
+/// Marks that outlive the agent's process, as pinned maps do.
+pub struct Pinned([Arc<[AtomicU64]>; 4]);
+
+impl Pinned {
+    fn new(blocks: u64) -> Self {
+        let leaves = blocks.div_ceil(64) as usize;
+        let summary = leaves.div_ceil(64);
+        Self([64, leaves, summary, leaves].map(|words| (0..words).map(|_| 0.into()).collect()))
+    }
+
+    fn open(&self, blocks: u64) -> Arc<Marks> {
+        let [header, live, summary, taken] = self.0.each_ref().map(|words| Box::new(words.clone()));
+        Arc::new(Marks::open(blocks, MarksMemory { header, live, summary, taken }))
+    }
+}
+
 struct Write {
     run: BlockRun,
-    fill: u8,
+    /// None writes zeros.
+    stamp: Option<u64>,
     landed: bool,
 }
+
+impl Write {
+    fn land(&self, data: &mut [u8]) {
+        for block in self.run.first..self.run.first + self.run.count {
+            put(&mut data[block as usize * BLOCK..][..BLOCK], block, self.stamp);
+        }
+    }
+}
+
+/// A block's content: zero, or a byte throughout with stamp and place in each sector.
+fn put(data: &mut [u8], block: u64, stamp: Option<u64>) {
+    let Some(stamp) = stamp else { return data.fill(0) };
+    data.fill(stamp as u8 | 1);
+    for (i, sector) in data.chunks_mut(512).enumerate() {
+        sector[..8].copy_from_slice(&stamp.to_le_bytes());
+        sector[8..16].copy_from_slice(&(block * 8 + i as u64).to_le_bytes());
+    }
+}
+
+/// What all volumes were at one instant.
+pub type Instant = Vec<Arc<Vec<u8>>>;
 
 pub struct DiskState {
     pub data: Vec<u8>,
@@ -45,8 +92,7 @@ pub struct DiskState {
     /// Blocks that fail to read.
     pub bad: BTreeSet<u64>,
     pub gone: bool,
-    /// The image at the last good audit.
-    pub proof: Vec<u8>,
+    pinned: Pinned,
 }
 
 pub struct State {
@@ -57,8 +103,21 @@ pub struct State {
     pub busy: u64,
     /// Percent of its writes that the tracker misses.
     pub missing: u64,
+    /// It also writes below the file systems, where no freeze holds it.
+    pub raw: bool,
     frozen: bool,
     pub freezes: u64,
+    stamp: u64,
+    /// The agent's process is running its code now.
+    pub in_agent: bool,
+    /// Moments of the agent's own until it is killed.
+    pub kill_in: Option<u64>,
+    /// By cut: the instant at which the last attempt to prove it began.
+    pub instants: BTreeMap<[u8; 16], Instant>,
+    /// The member whose audit came last in the proof that is going on.
+    proving: Option<usize>,
+    trace: Xxh3,
+    loud: bool,
 }
 
 /// The server.
@@ -70,15 +129,16 @@ impl World {
         let disks = (0..disks)
             .map(|_| {
                 let mut data = vec![0; blocks * BLOCK];
-                for block in data.chunks_mut(BLOCK) {
+                for (i, block) in data.chunks_mut(BLOCK).enumerate() {
                     if rng.chance(70) {
-                        block.fill(rng.next() as u8);
+                        put(block, i as u64, Some(rng.next() | 1 << 63));
                     }
                 }
+                let pinned = Pinned::new(blocks as u64);
                 DiskState {
-                    proof: data.clone(),
                     data,
-                    marks: Arc::new(Marks::in_memory(blocks as u64)),
+                    marks: pinned.open(blocks as u64),
+                    pinned,
                     writes: Vec::new(),
                     missed: 0,
                     bad: BTreeSet::new(),
@@ -93,24 +153,98 @@ impl World {
             disks,
             busy: 0,
             missing: 0,
+            raw: false,
             frozen: false,
             freezes: 0,
+            stamp: 0,
+            in_agent: false,
+            kill_in: None,
+            instants: BTreeMap::new(),
+            proving: None,
+            trace: Xxh3::new(),
+            loud: std::env::var_os("SECONDSITE_TRACE").is_some(),
         })))
     }
 
+    /// Notes an event in the trace.
+    pub fn note(&self, what: &str, values: &[u64]) {
+        let mut state = self.state();
+        let now = state.now.as_nanos() as u64;
+        if state.loud {
+            eprintln!("{now:>16} {what} {values:x?}");
+        }
+        state.trace.update(what.as_bytes());
+        state.trace.update(&now.to_le_bytes());
+        values.iter().for_each(|value| state.trace.update(&value.to_le_bytes()));
+    }
+
+    pub fn below(&self, end: u64) -> u64 {
+        self.state().rng.below(end)
+    }
+
+    pub fn chance(&self, percent: u64) -> bool {
+        self.state().rng.chance(percent)
+    }
+
+    /// Digest of all events so far.
+    pub fn trace(&self) -> u64 {
+        self.state().trace.digest()
+    }
+
+    /// The agent's process begins: it finds what is pinned, and whoever froze has thawed.
+    pub fn agent_begins(&self) {
+        let mut state = self.state();
+        (state.frozen, state.in_agent, state.kill_in) = (false, false, None);
+        for disk in &mut state.disks {
+            disk.marks = disk.pinned.open(disk.data.len().div_ceil(BLOCK) as u64);
+        }
+    }
+
+    /// The server is booted anew: the marks are gone, and writes on their way landed or not.
+    pub fn reboot(&self) {
+        let mut state = self.state();
+        let State { disks, rng, .. } = &mut *state;
+        for disk in disks {
+            for write in std::mem::take(&mut disk.writes) {
+                if !write.landed && rng.chance(50) {
+                    write.land(&mut disk.data);
+                }
+            }
+            disk.missed = 0;
+            disk.pinned = Pinned::new(disk.marks.blocks());
+            disk.marks = disk.pinned.open(disk.marks.blocks());
+            disk.marks.set_compare_due(true);
+        }
+    }
+
+    /// What is proven from here on is proven of another instant.
+    pub fn no_proof(&self) {
+        self.state().proving = None;
+    }
+
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A moment passes: the application may queue a write, one may reach the disk, one may
-    /// complete.
+    /// complete; and the agent may be killed.
     pub fn moment(&self) {
         let mut state = self.state();
+        if state.in_agent
+            && let Some(left) = &mut state.kill_in
+        {
+            if *left == 0 {
+                drop(state);
+                self.note("agent killed", &[]);
+                resume_unwind(Box::new(Killed));
+            }
+            *left -= 1;
+        }
         let busy = state.busy;
-        if state.frozen || !state.rng.chance(busy) {
+        if (state.frozen && !state.raw) || !state.rng.chance(busy) {
             return;
         }
-        let State { rng, disks, missing, .. } = &mut *state;
+        let State { rng, disks, missing, stamp, .. } = &mut *state;
         let count = disks.len() as u64;
         let disk = &mut disks[rng.below(count) as usize];
         match rng.below(3) {
@@ -120,21 +254,21 @@ impl World {
                 let most = if rng.chance(5) { disk.marks.blocks() } else { 3 };
                 let count = (1 + rng.below(most)).min(disk.marks.blocks() - first);
                 let run = BlockRun { first, count };
+                *stamp += 1;
+                let stamp = (!rng.chance(20)).then_some(*stamp);
+                let write = Write { run, stamp, landed: false };
                 if rng.chance(*missing) {
                     disk.missed += 1;
-                    let range = first as usize * BLOCK..(first + count) as usize * BLOCK;
-                    disk.data[range].fill(rng.next() as u8);
+                    write.land(&mut disk.data);
                 } else {
                     disk.marks.mark(run);
-                    let fill = if rng.chance(20) { 0 } else { rng.next() as u8 };
-                    disk.writes.push(Write { run, fill, landed: false });
+                    disk.writes.push(write);
                 }
             }
             1 => {
                 if let Some(write) = disk.writes.iter_mut().find(|write| !write.landed) {
                     write.landed = true;
-                    let (first, end) = (write.run.first, write.run.first + write.run.count);
-                    disk.data[first as usize * BLOCK..end as usize * BLOCK].fill(write.fill);
+                    write.land(&mut disk.data);
                 }
             }
             _ => {
@@ -150,9 +284,8 @@ impl World {
     pub fn settle(&self) {
         for disk in &mut self.state().disks {
             for write in std::mem::take(&mut disk.writes) {
-                let (first, end) = (write.run.first, write.run.first + write.run.count);
                 if !write.landed {
-                    disk.data[first as usize * BLOCK..end as usize * BLOCK].fill(write.fill);
+                    write.land(&mut disk.data);
                 }
                 disk.marks.mark(write.run);
             }
@@ -166,17 +299,15 @@ impl World {
         if disk.missed > 0 || disk.marks.compare_due() {
             return;
         }
-        // A write fills whole blocks with one byte: their beginning tells.
         for (i, (ours, theirs)) in disk.data.chunks(BLOCK).zip(committed.chunks(BLOCK)).enumerate()
         {
             let block = BlockRun { first: i as u64, count: 1 };
             let flying = disk.writes.iter().any(|write| {
                 (write.run.first..write.run.first + write.run.count).contains(&(i as u64))
             });
-            assert!(
-                ours[..8] == theirs[..8] || flying || disk.marks.holds(block),
-                "block {i} is lost"
-            );
+            // Stamp and place stand in front; the rest of a block follows from them.
+            let equal = ours[..16] == theirs[..16];
+            assert!(equal || flying || disk.marks.holds(block), "block {i} is lost");
         }
     }
 }
@@ -218,6 +349,7 @@ impl Disk for MemoryDisk {
         Ok(())
     }
     fn wait(&mut self) -> Result<Batch, DiskError> {
+        self.check()?;
         let any = self.world.state().rng.below(self.queue.len() as u64) as usize;
         let mut batch = self.queue.swap_remove(any);
         for piece in &batch.pieces {
@@ -258,13 +390,18 @@ impl Tracker for MemoryTracker {
         self.world.moment();
         let audit = {
             let mut state = self.world.state();
-            let disk = &mut state.disks[self.index];
+            let cut = state.disks[self.index].marks.cut().cut_id;
+            if state.proving.is_none_or(|last| self.index <= last) {
+                let instant = state.disks.iter().map(|disk| Arc::new(disk.data.clone())).collect();
+                state.instants.insert(cut, instant);
+            }
+            state.proving = Some(self.index);
+            let disk = &state.disks[self.index];
             if !disk.writes.is_empty() {
                 Audit::Busy
             } else if disk.missed > 0 {
                 Audit::Gap(format!("{} writes", disk.missed))
             } else {
-                disk.proof = disk.data.clone();
                 Audit::Good
             }
         };
@@ -272,6 +409,7 @@ impl Tracker for MemoryTracker {
         audit
     }
     fn rebase(&self) -> Result<(), String> {
+        self.world.moment();
         self.world.state().disks[self.index].missed = 0;
         Ok(())
     }
@@ -291,6 +429,7 @@ pub struct MemoryFreezer(pub Arc<World>);
 
 impl Freeze for MemoryFreezer {
     fn freeze(&mut self, _mounts: &[PathBuf], _limit: Duration) -> Result<(), String> {
+        self.0.moment();
         self.0.settle();
         let mut state = self.0.state();
         state.frozen = true;
@@ -298,7 +437,9 @@ impl Freeze for MemoryFreezer {
         Ok(())
     }
     fn thaw(&mut self) -> Result<(Duration, bool), String> {
+        self.0.moment();
         let mut state = self.0.state();
+        state.proving = None;
         state.frozen = false;
         state.now += Duration::from_millis(10);
         Ok((Duration::from_millis(10), true))
