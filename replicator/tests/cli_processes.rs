@@ -193,7 +193,7 @@ fn what_a_newer_version_wrote_is_named_and_left_alone() {
     let volumes = site.config("store/servers").join(id("a"));
     std::fs::create_dir_all(volumes.join(id("1")).join("journal")).unwrap();
     let state = volumes.join(id("1")).join("state.json");
-    std::fs::write(&state, "{\"format\": 2, \"unknown\": true}\n").unwrap();
+    std::fs::write(&state, "{\"format\": 3, \"unknown\": true}\n").unwrap();
     std::fs::write(volumes.join(id("1")).join("journal/00000001.seg"), "newer too").unwrap();
     std::fs::write(volumes.join(id("1")).join("replica.img"), [7; 4096]).unwrap();
     let before = files(&volumes.join(id("1")));
