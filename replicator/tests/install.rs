@@ -164,6 +164,10 @@ fn init_takes_the_units_and_finds_them_closed() {
     for (unit, exposure_max) in UNITS {
         let name = format!("secondsite-{unit}.service");
         let text = std::fs::read_to_string(root().join("packaging/systemd").join(&name)).unwrap();
+        let user = if unit == "agent" { "root".to_owned() } else { format!("secondsite-{unit}") };
+        for line in [&format!("User={user}"), "Group=secondsite", "Type=notify", "KillMode=mixed"] {
+            assert!(text.lines().any(|found| found == line), "{unit} has no {line}");
+        }
         let binary = env!("CARGO_BIN_EXE_secondsite");
         let path = dir.path().join(&name);
         let text = text.replace("@PREFIX@/bin/secondsite", binary).replace("@PREFIX@", "/usr");
