@@ -24,7 +24,7 @@ const EXIT_CODES: [(&str, &str); 9] = [
 ];
 
 /// By command: what to type, and what it does. Every one is parsed by a test.
-const EXAMPLES: [(&str, &[(&str, &str)]); 12] = [
+const EXAMPLES: [(&str, &[(&str, &str)]); 16] = [
     (
         "setup",
         &[
@@ -67,6 +67,20 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 12] = [
     ("points", &[("secondsite points db1 --json", "Recovery points for a script.")]),
     ("cut", &[("secondsite cut db1 --wait", "A recovery point now; returns when it is listed.")]),
     ("verify", &[("secondsite verify db1", "Ends with 65 if anything differs.")]),
+    (
+        "explain",
+        &[
+            ("secondsite explain", "Whatever needs attention now."),
+            ("secondsite explain db1", "Why this server is as it is, and what to type."),
+            ("secondsite explain --list", "Every state and reason."),
+        ],
+    ),
+    ("check", &[("secondsite check db1 --critical 5min", "For Nagios; ends with 0, 1, 2 or 3.")]),
+    ("doctor", &[("secondsite doctor", "Everything that this host needs; changes nothing.")]),
+    (
+        "config",
+        &[("secondsite config check --show", "Every value that counts, and where it is set.")],
+    ),
 ];
 
 pub(super) fn run(args: &GenerateArgs) -> Result<(), Failure> {
