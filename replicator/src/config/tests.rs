@@ -142,7 +142,7 @@ fn every_value_is_shown_with_its_place() {
             (one.role, one.key, one.value.as_str(), line)
         })
         .collect();
-    let state = paths.state.display().to_string();
+    let state = paths.state.join("control").display().to_string();
     let expected = [
         ("control", "listen", "0.0.0.0:7443", 1),
         ("control", "store", state.as_str(), 0),
