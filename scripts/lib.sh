@@ -82,8 +82,12 @@ need_rust() {
 build_packages=(cc=gcc /usr/include/stdio.h=libc6-dev clang=clang
     /etc/ssl/certs/ca-certificates.crt=ca-certificates)
 
+# What the tests of the installation look at it with.
+install_packages=(groff=groff-base systemd-analyze=systemd)
+
 # What the real ring and the quickstart need besides.
-real_packages=(losetup=util-linux mount=mount mkfs.ext4=e2fsprogs diff=diffutils ip=iproute2
+real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs
+    diff=diffutils ip=iproute2
     nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
 
 # PostgreSQL for the tests that make a cluster of their own: the package would make and start one.

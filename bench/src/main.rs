@@ -1,12 +1,17 @@
-//! Benchmarks. `micro` measures the steps of the data path side by side in one run.
+//! Benchmarks. `micro` measures the steps of the data path side by side in one run, `sync` a first
+//! copy and a delta beside what an administrator would type instead.
 //!
 //! Machines differ and the same machine drifts by a factor of two between runs, so every row is
-//! also given as a ratio to a baseline that was measured in turns with it.
+//! also given as a ratio to one that was measured in turns with it.
 
+mod data;
+mod deployment;
 mod micro;
+mod sync;
 mod turns;
 
 use clap::{Parser, Subcommand};
+use std::path::PathBuf;
 
 #[derive(Parser)]
 #[command(about = "Benchmarks of Secondsite", version)]
@@ -26,10 +31,28 @@ enum What {
         #[arg(long, default_value_t = 15)]
         rounds: usize,
     },
+    /// First copy and delta of a loop device over TLS on loopback, beside dd, lz4 and nc, and
+    /// nbdcopy. Needs root.
+    Sync(sync::Options),
+    /// The target that `sync` starts for itself.
+    #[command(hide = true)]
+    ServeTarget {
+        /// State and store.
+        folder: PathBuf,
+        /// The volume's size.
+        bytes: u64,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
-    let What::Micro { json, rounds } = Arguments::parse().what;
+    match Arguments::parse().what {
+        What::Micro { json, rounds } => micro(json, rounds),
+        What::Sync(options) => sync::measure(&options),
+        What::ServeTarget { folder, bytes } => deployment::serve_target(&folder, bytes),
+    }
+}
+
+fn micro(json: bool, rounds: usize) -> anyhow::Result<()> {
     anyhow::ensure!(rounds > 0, "--rounds must be at least 1");
     let groups = micro::measure(rounds);
     if json {

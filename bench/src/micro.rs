@@ -22,6 +22,7 @@ pub fn measure(rounds: usize) -> Vec<Group> {
         digests(rounds),
         compression(rounds),
         frames(rounds),
+        marking_again(rounds),
         marking(rounds),
         taking(rounds),
         clean_scan(rounds),
@@ -151,6 +152,27 @@ fn mark_all(marks: &Marks) -> u64 {
         marks.mark(BlockRun { first, count: 1 });
     }
     0
+}
+
+/// Blocks that a busy application writes again and again.
+const WARM: u64 = 4096;
+
+fn marking_again(rounds: usize) -> Group {
+    let (set, marks) = (bitset(), Marks::in_memory(BLOCKS));
+    let again = || (0..MARKS).map(|i| i * 7 % WARM);
+    let cases = vec![
+        Case::new("Mutex<Vec<u64>> (baseline)", || {
+            for block in again() {
+                set.lock().expect("no panic")[(block / 64) as usize] |= 1 << (block % 64);
+            }
+            0
+        }),
+        Case::new("live bitmap", || {
+            again().for_each(|first| marks.mark(BlockRun { first, count: 1 }));
+            0
+        }),
+    ];
+    Group::measure("Marking what is marked already", "marks/s", MARKS as f64, rounds, cases)
 }
 
 fn marking(rounds: usize) -> Group {

@@ -4,6 +4,7 @@
 //! seconds since 1970 where machines do. Ids are 32 hex digits. Unknown fields are ignored, so that
 //! one side may be newer.
 
+use crate::codes::{Reason, State};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -178,10 +179,16 @@ pub struct VolumeReport {
     pub phase: VolumePhase,
     /// Why it is not simply following: a sentence with the remedy; empty if there is nothing to say.
     pub reason: String,
+    /// The same as a code; an older agent says none.
+    #[serde(default)]
+    pub code: Option<Reason>,
     /// The tracker in use: `ebpf`, `compare`; `none` before it runs.
     pub tracker: String,
     /// Why this tracker and no better one; empty if it is the best.
     pub tracker_reason: String,
+    /// The same as a code; an older agent says none.
+    #[serde(default)]
+    pub tracker_code: Option<Reason>,
     /// How the last cut was made: `quiet`, `freeze`, `compare`, `unproven`; `none` before.
     pub cut: String,
     /// Done and total bytes of the first copy or compare.
@@ -445,7 +452,16 @@ pub struct Status {
     /// A row a server.
     pub servers: Vec<ServerStatus>,
     /// What needs attention beyond single servers: certificates near their end, a silent target.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
+}
+
+/// What needs attention beyond single servers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Warning {
+    /// What kind.
+    pub code: Reason,
+    /// What, where, and what to type.
+    pub text: String,
 }
 
 /// One server.
@@ -453,17 +469,33 @@ pub struct Status {
 pub struct ServerStatus {
     /// Its name.
     pub name: String,
-    /// `joined`, `waiting`, `first copy`, `comparing`, `protected`, `behind`, `away`, `stopped`,
-    /// `unprotected`.
-    pub state: String,
-    /// Why it is not `protected`, with what to type; empty if it is.
+    /// Its state.
+    pub state: State,
+    /// Why it is not protected; none if it is.
+    #[serde(default)]
+    pub code: Option<Reason>,
+    /// The same for people, with what to type; empty if it is protected.
     pub reason: String,
+    /// Since when it is so, as far as control knows, RFC 3339.
+    #[serde(default)]
+    pub since: Option<String>,
     /// Now minus the cut time of the newest exact point; none before the first.
     pub loss_seconds: Option<f64>,
     /// Bytes not yet committed on the target.
     pub backlog_bytes: u64,
     /// The goal.
     pub goal_seconds: u64,
+    /// How far the first copy or compare is, 0..=100; 100 only when all of it is durable. None in
+    /// every other state.
+    #[serde(default)]
+    pub percent: Option<u8>,
+    /// Seconds that the first copy or compare will take by the speed of the last minute; none if
+    /// there is none, or too little is known.
+    #[serde(default)]
+    pub left_seconds: Option<f64>,
+    /// Bytes a second to the target over the last minute; none if too little is known.
+    #[serde(default)]
+    pub sending_bytes_per_second: Option<f64>,
     /// Seconds since the agent was last heard; none before.
     pub heard_seconds: Option<f64>,
     /// When the agent's certificate ends, RFC 3339.
@@ -485,10 +517,19 @@ pub struct VolumeStatus {
     pub phase: VolumePhase,
     /// Why, if there is something to say.
     pub reason: String,
+    /// The same as a code.
+    #[serde(default)]
+    pub code: Option<Reason>,
+    /// Since when it is so, as far as control knows, RFC 3339.
+    #[serde(default)]
+    pub since: Option<String>,
     /// The tracker in use.
     pub tracker: String,
     /// Why no better one.
     pub tracker_reason: String,
+    /// The same as a code.
+    #[serde(default)]
+    pub tracker_code: Option<Reason>,
     /// How the last cut was made.
     pub cut: String,
     /// Done and total bytes of the first copy or compare.

@@ -4,9 +4,11 @@
 //! and are saved now and then. Two signals: what somebody is to do has changed, what somebody
 //! reported has changed. The lock on the reports is never held over a wait.
 
-use crate::api::{AgentReport, TargetReport};
+use crate::api::{AgentReport, TargetReport, VolumePhase};
 use crate::ca::Authority;
 use crate::clock::Clock;
+use crate::codes::Reason;
+use crate::status::{self, Speed};
 use crate::store::{self, Store, servers, targets};
 use jiff::Timestamp;
 use std::collections::{HashMap, VecDeque};
@@ -17,6 +19,9 @@ use tokio::sync::watch;
 const SAVE_EVERY_SECONDS: i64 = 60;
 /// Ids of points that are remembered a server, after a target listed them.
 const SEEN_POINTS_MAX: usize = 256;
+
+/// Speeds come from the last so many seconds.
+const SPEED_SECONDS: f64 = 60.0;
 
 /// A report and when it came.
 #[derive(Debug, Clone)]
@@ -36,6 +41,18 @@ pub(crate) struct Reports {
     /// Points that a target listed, by server id, oldest first. A point may leave the list again
     /// before anybody asks for it.
     seen: HashMap<String, VecDeque<String>>,
+    /// Since when a volume is in its phase for its reason, by volume id.
+    phases: HashMap<String, (VolumePhase, Option<Reason>, Timestamp)>,
+    /// What was counted within the last minute, by server id, oldest first.
+    counts: HashMap<String, VecDeque<Count>>,
+}
+
+/// What an agent had counted at a time.
+#[derive(Debug, Clone, Copy)]
+struct Count {
+    at: Timestamp,
+    sent: u64,
+    done: u64,
 }
 
 impl Reports {
@@ -51,7 +68,45 @@ impl Reports {
 
     /// Keeps an agent's report; true if it is to be saved now.
     pub(crate) fn put_agent(&mut self, id: &str, report: AgentReport, now: Timestamp) -> bool {
+        for volume in &report.volumes {
+            let before = self.phases.get(&volume.id);
+            if before.is_none_or(|(phase, code, _)| (*phase, *code) != (volume.phase, volume.code))
+            {
+                self.phases.insert(volume.id.clone(), (volume.phase, volume.code, now));
+            }
+        }
+        self.count(id, &report, now);
         Self::put(&mut self.agents, id, report, now)
+    }
+
+    fn count(&mut self, id: &str, report: &AgentReport, now: Timestamp) {
+        let (sent, done) = status::counts(report);
+        let counts = self.counts.entry(id.to_owned()).or_default();
+        // A restarted agent counts anew, another phase too; a clock may be set back.
+        if counts.back().is_some_and(|last| last.sent > sent || last.done > done || last.at > now) {
+            counts.clear();
+        }
+        counts.push_back(Count { at: now, sent, done });
+        while counts
+            .front()
+            .is_some_and(|first| status::seconds_since(first.at, now) > SPEED_SECONDS)
+        {
+            counts.pop_front();
+        }
+    }
+
+    /// Speeds of a server's agent within the last minute.
+    pub(crate) fn speed(&self, server: &str) -> Speed {
+        let ends = self.counts.get(server).and_then(|all| Some((*all.front()?, *all.back()?)));
+        let Some((first, last)) = ends else { return Speed::default() };
+        let seconds = status::seconds_since(first.at, last.at);
+        let per_second = |bytes: u64| (seconds > 0.0).then(|| bytes as f64 / seconds);
+        Speed { sent: per_second(last.sent - first.sent), done: per_second(last.done - first.done) }
+    }
+
+    /// Since when a volume is as its agent says.
+    pub(crate) fn phase_since(&self, volume: &str) -> Option<Timestamp> {
+        self.phases.get(volume).map(|(_, _, since)| *since)
     }
 
     /// Keeps a target's report; true if it is to be saved now.

@@ -261,7 +261,11 @@ pub fn install(
     folder.lock().with_context(|| format!("lock {}", dir.display()))?;
     let key = dir.join(format!("{name}.key"));
     let certificate = dir.join(format!("{name}.pem"));
-    files::write(&dir.join(AUTHORITY_FILE), authority_pem.as_bytes(), files::PUBLIC_MODE)?;
+    let authority = dir.join(AUTHORITY_FILE);
+    // It may be another user's: who renews its own certificate need not be able to replace it.
+    if fs::read(&authority).ok().as_deref() != Some(authority_pem.as_bytes()) {
+        files::write(&authority, authority_pem.as_bytes(), files::PUBLIC_MODE)?;
+    }
     // The certificate is durable beside before the key changes: `load` finds it there if the
     // second rename never happens.
     files::stage(&certificate, certificate_pem.as_bytes(), files::PUBLIC_MODE)?;

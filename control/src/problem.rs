@@ -42,6 +42,11 @@ impl Refused {
         Self { status, problem }
     }
 
+    /// What failed, where and why.
+    pub(crate) fn message(&self) -> &str {
+        &self.problem.message
+    }
+
     /// The request itself is wrong.
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, exit::USAGE, message)

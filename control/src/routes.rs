@@ -14,6 +14,7 @@ mod target;
 mod view;
 
 pub(crate) use extract::Peer;
+pub(crate) use view::snapshot;
 
 use crate::deployment::{Deployment, Signal};
 use crate::problem::Refused;

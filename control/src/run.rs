@@ -3,7 +3,9 @@
 use crate::ca::Authority;
 use crate::clock::{Clock, SystemClock};
 use crate::deployment::Deployment;
+use crate::observed::Observed;
 use crate::pki::{self, Identity, Role};
+pub use crate::store::NewerStore;
 use crate::store::{Store, access};
 use crate::{routes, server};
 use anyhow::{Context, ensure};
@@ -37,6 +39,8 @@ pub struct ControlConfig {
     pub certificate_life: Duration,
     /// Decides what has expired.
     pub clock: Arc<dyn Clock>,
+    /// What it shows of itself while it runs.
+    pub observed: Arc<Observed>,
 }
 
 impl ControlConfig {
@@ -44,7 +48,8 @@ impl ControlConfig {
     pub fn new(listen: SocketAddr, db: PathBuf, pki_dir: PathBuf) -> Self {
         let certificate_life = crate::ca::CERTIFICATE_LIFE_MAX;
         let clock = Arc::new(SystemClock);
-        Self { listen, db, pki_dir, hosts: Vec::new(), certificate_life, clock }
+        let observed = Arc::default();
+        Self { listen, db, pki_dir, hosts: Vec::new(), certificate_life, clock, observed }
     }
 }
 
@@ -65,14 +70,16 @@ pub async fn run(
     );
     let store = Store::open(&config.db).await?;
     let deployment = Deployment::new(store, authority, config.clock.clone()).await?;
+    config.observed.serves(Arc::downgrade(&deployment));
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("listen on {}", config.listen))?;
     let address = listener.local_addr()?;
     let identity = renew(&config, &deployment, identity).await?;
     let tls = watch::Sender::new(identity.server_config_at(false, config.clock.clone())?);
+    let router = routes::router(deployment.clone());
     let server =
-        server::serve(listener, tls.subscribe(), routes::router(deployment.clone()), shutdown);
+        server::serve(listener, tls.subscribe(), router, config.observed.clone(), shutdown);
     ready(address);
     tokio::select! {
         () = server => {}

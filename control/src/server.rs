@@ -4,6 +4,7 @@
 //! Bounds: connections in all, connections of strangers, time for a handshake, time for a request's
 //! head. A stranger can exhaust only the strangers' share.
 
+use crate::observed::{Observed, ROUND};
 use crate::pki;
 use crate::routes::Peer;
 use axum::Router;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tower::ServiceExt;
@@ -41,28 +43,34 @@ pub(crate) async fn serve(
     listener: TcpListener,
     settings: TlsSettings,
     router: Router,
+    observed: Arc<Observed>,
     shutdown: impl Future<Output = ()>,
 ) {
     let strangers = Arc::new(Semaphore::new(STRANGE_CONNECTIONS_MAX));
     let known = Arc::new(Semaphore::new(KNOWN_CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     tokio::pin!(shutdown);
+    let mut rounds = tokio::time::interval(ROUND);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        observed.round();
         let accept = async {
             let permit = strangers.clone().acquire_owned().await.expect("never closed");
             (listener.accept().await, permit)
         };
         let (accepted, permit) = tokio::select! {
             () = &mut shutdown => return,
+            _ = rounds.tick() => continue,
             accepted = accept => accepted,
         };
         while connections.try_join_next().is_some() {}
         match accepted {
             Ok((stream, address)) => {
                 let acceptor = TlsAcceptor::from(settings.borrow().clone());
-                let (router, known) = (router.clone(), known.clone());
+                let known = known.clone();
+                let answer = Answer { router: router.clone(), observed: observed.clone() };
                 connections.spawn(async move {
-                    if let Err(error) = connection(stream, acceptor, router, permit, known).await {
+                    if let Err(error) = connection(stream, acceptor, answer, permit, known).await {
                         log(address, &error);
                     }
                 });
@@ -75,10 +83,17 @@ pub(crate) async fn serve(
     }
 }
 
+/// Answers requests, and counts the answers.
+#[derive(Clone)]
+struct Answer {
+    router: Router,
+    observed: Arc<Observed>,
+}
+
 async fn connection(
     stream: TcpStream,
     acceptor: TlsAcceptor,
-    router: Router,
+    answer: Answer,
     mut permit: OwnedSemaphorePermit,
     known: Arc<Semaphore>,
 ) -> anyhow::Result<()> {
@@ -90,7 +105,12 @@ async fn connection(
     }
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(peer.clone());
-        router.clone().oneshot(request)
+        let Answer { router, observed } = answer.clone();
+        async move {
+            let response = router.oneshot(request).await?;
+            observed.answered(response.status().as_u16());
+            Ok::<_, std::convert::Infallible>(response)
+        }
     });
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())

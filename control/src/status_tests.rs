@@ -14,8 +14,10 @@ fn row(id: &str, phase: VolumePhase) -> VolumeReport {
         id: id.to_owned(),
         phase,
         reason: String::new(),
+        code: None,
         tracker: "ebpf".to_owned(),
         tracker_reason: String::new(),
+        tracker_code: None,
         cut: "quiet".to_owned(),
         progress_bytes: Some((1 << 20, 3 << 20)),
         backlog_bytes: 4096,
@@ -58,6 +60,8 @@ fn told(
         revoked: false,
         goal_seconds: 30,
         certificate_ends: at(NOW + 1000),
+        decided: None,
+        speed: Speed::default(),
         volumes: Vec::new(),
         agent: Some((report, at(heard))),
         points: points.iter().collect(),
@@ -70,13 +74,15 @@ fn told(
             size_bytes: 1 << 30,
             protected: true,
             agent: Some(row),
+            since: None,
             target: None,
         });
     }
     change(&mut known);
     let status = server_status(&known, at(NOW));
-    assert_eq!(status.state == "protected", status.reason.is_empty(), "{status:?}");
-    (status.state, status.reason, status.loss_seconds)
+    let fine = status.state == State::Protected;
+    assert_eq!((fine, fine), (status.reason.is_empty(), status.code.is_none()), "{status:?}");
+    (status.state.words().to_owned(), status.reason, status.loss_seconds)
 }
 
 #[test]
@@ -159,6 +165,8 @@ fn what_the_target_says_is_shown() {
         revoked: false,
         goal_seconds: 30,
         certificate_ends: at(NOW + 1000),
+        decided: None,
+        speed: Speed::default(),
         volumes: Vec::new(),
         agent: Some((&report, at(NOW))),
         points: points.iter().collect(),
@@ -170,10 +178,11 @@ fn what_the_target_says_is_shown() {
         size_bytes: 1 << 30,
         protected: true,
         agent: Some(&report.volumes[0]),
+        since: None,
         target: Some(&target),
     });
     let status = server_status(&known, at(NOW));
-    assert_eq!(status.state, "stopped");
+    assert_eq!((status.state, status.code), (State::Stopped, Some(Reason::TargetStorage)));
     assert!(status.reason.contains("no space"), "{}", status.reason);
     assert_eq!((status.volumes[0].epoch, status.volumes[0].promoted_epoch), (Some(7), Some(6)));
 }

@@ -10,9 +10,11 @@ pub(crate) mod servers;
 pub(crate) mod targets;
 
 use jiff::Timestamp;
+use sqlx::migrate::Migrator;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions};
 use sqlx::sqlite::{SqliteConnection, SqliteSynchronous};
-use sqlx::{Sqlite, Transaction};
+use sqlx::{Connection, Sqlite, Transaction};
+use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +22,24 @@ use std::time::Duration;
 
 /// How long a statement waits for the one before it.
 const TURN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A newer Secondsite wrote the database.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{} was written by a newer Secondsite (migration {found}, this one knows up to {known}); \
+     nothing was changed", path.display()
+)]
+pub struct NewerStore {
+    /// The file.
+    pub path: PathBuf,
+    /// Its newest migration.
+    pub found: i64,
+    /// The newest migration known here.
+    pub known: i64,
+}
+
+/// Brings the tables from any earlier version to this one.
+static MIGRATOR: Migrator = sqlx::migrate!("./migrations");
 
 /// Why the store did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +52,9 @@ pub enum StoreError {
         /// Why.
         cause: std::io::Error,
     },
+    /// A newer Secondsite wrote it.
+    #[error("store")]
+    Newer(#[from] NewerStore),
     /// The database refused.
     #[error("store: {0}")]
     Sql(#[from] sqlx::Error),
@@ -55,6 +78,7 @@ pub(crate) struct Store {
 impl Store {
     /// Opens the file, makes it if it is missing, and brings its tables to this version.
     pub(crate) async fn open(path: &Path) -> Result<Self> {
+        refuse_newer(path).await?;
         // SQLite gives its log and index files the mode of the database.
         OpenOptions::new()
             .append(true)
@@ -72,7 +96,7 @@ impl Store {
             .acquire_timeout(TURN_TIMEOUT)
             .connect_with(options)
             .await?;
-        sqlx::migrate!("./migrations").run(&pool).await?;
+        MIGRATOR.run(&pool).await?;
         Ok(Self { pool })
     }
 
@@ -86,6 +110,27 @@ impl Store {
     pub(crate) async fn close(&self) {
         self.pool.close().await;
     }
+}
+
+/// Looks at the database without changing it: what a newer version wrote stays byte for byte, its
+/// write-ahead log included. One that cannot be read this way is left to [`Store::open`].
+async fn refuse_newer(path: &Path) -> Result<()> {
+    if std::fs::metadata(path).is_ok_and(|file| file.len() > 0) {
+        let options = SqliteConnectOptions::new().filename(path).read_only(true);
+        let mut db = SqliteConnection::connect_with(&options).await?;
+        let found: sqlx::Result<Option<i64>> =
+            sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations")
+                .fetch_one(&mut db)
+                .await;
+        db.close().await?;
+        let known = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
+        if let Ok(Some(found)) = found
+            && found > known
+        {
+            return Err(NewerStore { path: path.to_owned(), found, known }.into());
+        }
+    }
+    Ok(())
 }
 
 /// A setting, if it was ever set.
@@ -123,6 +168,20 @@ pub(crate) async fn audit(
         .execute(db)
         .await?;
     Ok(())
+}
+
+/// When a server joined, was protected, unprotected or revoked last, by name; null where the record
+/// does not say.
+pub(crate) async fn decided(db: &mut SqliteConnection) -> Result<HashMap<String, Timestamp>> {
+    let rows: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT servers.name, MAX(audit.at_ns) FROM servers JOIN audit
+         ON audit.what IN ('joined as ' || name, 'unprotected ' || name, 'revoked ' || name)
+             OR substr(audit.what, 1, length(name) + 11) = 'protected ' || name || ':'
+         GROUP BY servers.name",
+    )
+    .fetch_all(db)
+    .await?;
+    Ok(rows.into_iter().map(|(name, at)| (name, timestamp(at))).collect())
 }
 
 /// A time as the store keeps it.

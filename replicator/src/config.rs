@@ -5,19 +5,21 @@
 //! of their names, a later value replaces an earlier one and lists grow. An unknown key is an error
 //! that names file, line and the nearest known key; nothing starts on a half-understood file.
 
+mod check;
 mod document;
 mod paths;
 #[cfg(test)]
 mod tests;
 
-pub use document::ConfigError;
+pub use check::{Checked, Effective, check};
+pub use document::{ConfigError, Place};
 pub use paths::{DEFAULT_CONFIG_DIR, Paths};
 
 use crate::cli::units::{parse_bytes, parse_seconds};
-use document::{Schema, gather};
+use document::{Gathered, Schema, gather};
 use serde::{Deserialize, Deserializer};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Space of the store that is never used, unless `reserve` says otherwise, bytes.
@@ -38,6 +40,8 @@ pub const CERTIFICATE_LIFE_MAX: Duration = Duration::from_secs(30 * 86400);
 /// `control.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlConfig {
+    /// A loopback address that serves metrics besides the unix socket.
+    pub metrics: Option<SocketAddr>,
     /// Where agents, targets, the CLI and browsers connect.
     pub listen: SocketAddr,
     /// Where control keeps its database; none: the state folder.
@@ -49,6 +53,8 @@ pub struct ControlConfig {
 /// `target.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetConfig {
+    /// A loopback address that serves metrics besides the unix socket.
+    pub metrics: Option<SocketAddr>,
     /// Where replicas and journals lie.
     pub store: PathBuf,
     /// Where agents connect.
@@ -77,6 +83,8 @@ pub struct ReplicaDevice {
 /// `agent.toml`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AgentConfig {
+    /// A loopback address that serves metrics besides the unix socket.
+    pub metrics: Option<SocketAddr>,
     /// Control, `HOST:PORT`.
     pub control: String,
     /// Name of this server.
@@ -92,10 +100,19 @@ pub struct AgentConfig {
 impl ControlConfig {
     /// Reads `control.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<ControlPart>(paths)?;
+        Self::of(gather::<ControlPart>(paths)?)
+    }
+
+    /// What the text of the role's own file alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(document::own(file, text)?)
+    }
+
+    fn of(mut said: Gathered<ControlPart>) -> Result<Self, ConfigError> {
         let mut all = ControlPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             all = ControlPart {
+                metrics: part.metrics.over(all.metrics),
                 listen: part.listen.or(all.listen),
                 store: part.store.or(all.store),
                 certificate_life: part.certificate_life.or(all.certificate_life),
@@ -104,22 +121,32 @@ impl ControlConfig {
         let life =
             all.certificate_life.map_or(CERTIFICATE_LIFE_MAX, |Seconds(s)| Duration::from_secs(s));
         if life.is_zero() || life > CERTIFICATE_LIFE_MAX {
-            return Err(ConfigError::value(&main, "certificate_life", "more than 0, at most 30d"));
+            return Err(said.out_of_bounds("certificate_life", "more than 0, at most 30d"));
         }
-        let listen = all.listen.ok_or_else(|| ConfigError::missing(&main, "listen"))?;
-        Ok(Self { listen, store: all.store, certificate_life: life })
+        let listen = all.listen.ok_or_else(|| said.missing("listen"))?;
+        let metrics = all.metrics.checked(&said)?;
+        Ok(Self { metrics, listen, store: all.store, certificate_life: life })
     }
 }
 
 impl TargetConfig {
     /// Reads `target.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<TargetPart>(paths)?;
+        Self::of(gather::<TargetPart>(paths)?)
+    }
+
+    /// What the text of the role's own file alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(document::own(file, text)?)
+    }
+
+    fn of(mut said: Gathered<TargetPart>) -> Result<Self, ConfigError> {
         let mut all = TargetPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             let mut device = all.device;
             device.extend(part.device);
             all = TargetPart {
+                metrics: part.metrics.over(all.metrics),
                 store: part.store.or(all.store),
                 listen: part.listen.or(all.listen),
                 control: part.control.or(all.control),
@@ -128,12 +155,13 @@ impl TargetConfig {
                 device,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| said.missing(key);
         let memory_bytes = all.memory.map_or(TARGET_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(said.out_of_bounds("memory", "at least 16MiB"));
         }
         Ok(Self {
+            metrics: all.metrics.checked(&said)?,
             store: all.store.ok_or_else(|| missing("store"))?,
             listen: all.listen.ok_or_else(|| missing("listen"))?,
             control: all.control.ok_or_else(|| missing("control"))?,
@@ -147,12 +175,21 @@ impl TargetConfig {
 impl AgentConfig {
     /// Reads `agent.toml` and the drop-ins.
     pub fn load(paths: &Paths) -> Result<Self, ConfigError> {
-        let (main, parts) = gather::<AgentPart>(paths)?;
+        Self::of(gather::<AgentPart>(paths)?)
+    }
+
+    /// What the text of the role's own file alone says; `file` is how to call it.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::of(document::own(file, text)?)
+    }
+
+    fn of(mut said: Gathered<AgentPart>) -> Result<Self, ConfigError> {
         let mut all = AgentPart::default();
-        for part in parts {
+        for part in std::mem::take(&mut said.parts) {
             let mut allow = all.allow;
             allow.extend(part.allow);
             all = AgentPart {
+                metrics: part.metrics.over(all.metrics),
                 control: part.control.or(all.control),
                 name: part.name.or(all.name),
                 memory: part.memory.or(all.memory),
@@ -160,16 +197,17 @@ impl AgentConfig {
                 allow,
             };
         }
-        let missing = |key| ConfigError::missing(&main, key);
+        let missing = |key| said.missing(key);
         let memory_bytes = all.memory.map_or(AGENT_MEMORY_BYTES, |Size(bytes)| bytes);
         if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(ConfigError::value(&main, "memory", "at least 16MiB"));
+            return Err(said.out_of_bounds("memory", "at least 16MiB"));
         }
         let workers = all.workers.unwrap_or(WORKERS);
         if !(1..=WORKERS_MAX).contains(&workers) {
-            return Err(ConfigError::value(&main, "workers", "1 to 64"));
+            return Err(said.out_of_bounds("workers", "1 to 64"));
         }
         Ok(Self {
+            metrics: all.metrics.checked(&said)?,
             control: all.control.ok_or_else(|| missing("control"))?,
             name: all.name.ok_or_else(|| missing("name"))?,
             memory_bytes,
@@ -179,10 +217,38 @@ impl AgentConfig {
     }
 }
 
+/// The table `metrics` of every role.
+const METRICS: (&str, &[&str]) = ("metrics", &["listen"]);
+
+/// What one file says of metrics.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct MetricsPart {
+    listen: Option<SocketAddr>,
+}
+
+impl MetricsPart {
+    fn over(self, before: Self) -> Self {
+        Self { listen: self.listen.or(before.listen) }
+    }
+
+    /// Only this host may ask: metrics tell names, and have no password.
+    fn checked<S>(&self, said: &Gathered<S>) -> Result<Option<SocketAddr>, ConfigError> {
+        match self.listen {
+            Some(address) if !address.ip().is_loopback() => Err(said.out_of_bounds(
+                "metrics",
+                "`listen` is a loopback address, such as 127.0.0.1:9743",
+            )),
+            listen => Ok(listen),
+        }
+    }
+}
+
 /// What one file says of control.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct ControlPart {
+    metrics: MetricsPart,
     listen: Option<SocketAddr>,
     store: Option<PathBuf>,
     certificate_life: Option<Seconds>,
@@ -192,6 +258,7 @@ struct ControlPart {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct TargetPart {
+    metrics: MetricsPart,
     store: Option<PathBuf>,
     listen: Option<SocketAddr>,
     control: Option<String>,
@@ -204,6 +271,7 @@ struct TargetPart {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct AgentPart {
+    metrics: MetricsPart,
     control: Option<String>,
     name: Option<String>,
     memory: Option<Size>,
@@ -213,21 +281,22 @@ struct AgentPart {
 
 impl Schema for ControlPart {
     const ROLE: &'static str = "control";
-    const KEYS: &'static [&'static str] = &["listen", "store", "certificate_life"];
-    const TABLES: &'static [(&'static str, &'static [&'static str])] = &[];
+    const KEYS: &'static [&'static str] = &["listen", "store", "certificate_life", "metrics"];
+    const TABLES: &'static [(&'static str, &'static [&'static str])] = &[METRICS];
 }
 
 impl Schema for TargetPart {
     const ROLE: &'static str = "target";
     const KEYS: &'static [&'static str] =
-        &["store", "listen", "control", "reserve", "memory", "device"];
+        &["store", "listen", "control", "reserve", "memory", "device", "metrics"];
     const TABLES: &'static [(&'static str, &'static [&'static str])] =
-        &[("device", &["server", "volume", "path"])];
+        &[("device", &["server", "volume", "path"]), METRICS];
 }
 
 impl Schema for AgentPart {
     const ROLE: &'static str = "agent";
-    const KEYS: &'static [&'static str] = &["control", "name", "memory", "workers", "allow"];
+    const KEYS: &'static [&'static str] =
+        &["control", "name", "memory", "workers", "allow", "metrics"];
     const TABLES: &'static [(&'static str, &'static [&'static str])] = &[];
 }
 

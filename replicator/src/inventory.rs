@@ -3,6 +3,9 @@
 //! `lsblk` names whole disks, partitions, logical volumes and attached loop devices; this module
 //! adds what each is used by, where swap lies on a whole disk, on which protectable device it lies,
 //! and how it could be tracked. Control may choose only among these, and an allow list narrows them.
+//!
+//! Both read from the devices, and a read from one that does not answer cannot be interrupted: the
+//! look is bounded from outside ([`bounded`]), and what it waits for is named.
 
 use secondsite_control::api::InventoryDevice;
 use secondsite_tracker::device::Device;
@@ -12,7 +15,9 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
 
 /// What is asked of `lsblk`.
 const COLUMNS: &str = "NAME,KNAME,PATH,TYPE,SIZE,MOUNTPOINTS,FSTYPE";
@@ -20,6 +25,9 @@ const COLUMNS: &str = "NAME,KNAME,PATH,TYPE,SIZE,MOUNTPOINTS,FSTYPE";
 const SYSFS_SECTOR_BYTES: u64 = 512;
 /// What ends the first page of a swap area.
 const SWAP_MAGIC: &[u8] = b"SWAPSPACE2";
+
+/// How long all devices together may take to answer.
+const LIMIT: Duration = Duration::from_secs(15);
 
 /// Why there is no inventory.
 #[derive(Debug, thiserror::Error)]
@@ -30,15 +38,99 @@ pub enum InventoryError {
     /// `lsblk` printed what cannot be read.
     #[error("lsblk printed what cannot be read: {0}")]
     Parse(#[from] serde_json::Error),
+    /// A device does not answer.
+    #[error(
+        "{} does not answer (waited for {} s), so that the block devices of this host cannot be \
+         listed; what is replicated already goes on, new devices are offered when it answers",
+        .0, LIMIT.as_secs()
+    )]
+    Stalled(String),
+}
+
+/// What the one look that is under way waits for.
+static WAITS_FOR: Mutex<Option<WaitsFor>> = Mutex::new(None);
+
+enum WaitsFor {
+    /// `lsblk`, with this process id.
+    Lsblk(u32),
+    /// A device.
+    Device(PathBuf),
 }
 
 /// Takes the inventory of this host. `allow`: the only devices to offer; empty for all.
 pub fn take(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
-    let output = Command::new("lsblk")
+    let allow = allow.to_vec();
+    bounded(&WAITS_FOR, LIMIT, move || look(&allow)).map_err(InventoryError::Stalled)?
+}
+
+/// Runs `look` in a thread of its own. One that does not come back within `limit` is left to
+/// itself, and nobody looks again before it has ended. Fails with what it waits for.
+fn bounded<T: Send + 'static>(
+    waits_for: &'static Mutex<Option<WaitsFor>>,
+    limit: Duration,
+    look: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    /// However the look ends, the next one may begin.
+    struct Ends(&'static Mutex<Option<WaitsFor>>);
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            *lock(self.0) = None;
+        }
+    }
+    let stalled = || lock(waits_for).as_ref().map_or("a block device".into(), WaitsFor::name);
+    {
+        let mut begins = lock(waits_for);
+        if begins.is_some() {
+            drop(begins);
+            return Err(stalled());
+        }
+        *begins = Some(WaitsFor::Device("lsblk".into()));
+    }
+    let ends = Ends(waits_for);
+    let (found, answer) = std::sync::mpsc::channel();
+    let thread = std::thread::Builder::new().name("inventory".into()).spawn(move || {
+        let found = found;
+        let ends = ends; // goes before `found` does: who is answered may look again
+        let result = look();
+        drop(ends);
+        // Nobody listens any more if it took too long.
+        let _ = found.send(result);
+    });
+    thread.map_err(|error| format!("a thread ({error})"))?;
+    answer.recv_timeout(limit).map_err(|_| stalled())
+}
+
+fn lock(waits_for: &Mutex<Option<WaitsFor>>) -> std::sync::MutexGuard<'_, Option<WaitsFor>> {
+    waits_for.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl WaitsFor {
+    fn name(&self) -> String {
+        let pid = match self {
+            Self::Device(path) => return path.display().to_string(),
+            Self::Lsblk(pid) => pid,
+        };
+        // The device that it has open.
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let mut targets = files.filter_map(|file| std::fs::read_link(file.path()).ok());
+        let device =
+            targets.find(|path| path.starts_with("/dev") && path != Path::new("/dev/null"));
+        device.map_or(format!("lsblk (process {pid})"), |path| path.display().to_string())
+    }
+}
+
+fn look(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
+    let failed = |error: std::io::Error| InventoryError::Run(error.to_string());
+    let lsblk = Command::new("lsblk")
         .args(["--json", "--bytes", "--output", COLUMNS])
         .env("LC_ALL", "C")
-        .output()
-        .map_err(|error| InventoryError::Run(error.to_string()))?;
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    *lock(&WAITS_FOR) = Some(WaitsFor::Lsblk(lsblk.id()));
+    let output = lsblk.wait_with_output().map_err(failed)?;
     // With no block device at all it prints an empty document and fails.
     if !output.status.success() && output.stdout.is_empty() {
         let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
@@ -56,7 +148,8 @@ pub fn allows(allow: &[PathBuf], device: &Path) -> bool {
 }
 
 /// What is asked of the host besides `lsblk`.
-trait Facts {
+#[doc(hidden)]
+pub trait Facts {
     /// Whether the device could be a volume; else why not, and which to choose instead.
     fn volume(&self, path: &Path) -> Result<(), String>;
     /// Whether eBPF runs here; else why not.
@@ -75,6 +168,7 @@ struct Host {
 
 impl Facts for Host {
     fn volume(&self, path: &Path) -> Result<(), String> {
+        *lock(&WAITS_FOR) = Some(WaitsFor::Device(path.to_path_buf()));
         Device::open(path).map(drop).map_err(|error| error.cause)
     }
 
@@ -88,6 +182,7 @@ impl Facts for Host {
     }
 
     fn swap(&self, path: &Path) -> bool {
+        *lock(&WAITS_FOR) = Some(WaitsFor::Device(path.to_path_buf()));
         let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
         let Ok(Some(page)) = page else { return false };
         let mut magic = [0; SWAP_MAGIC.len()];
@@ -143,7 +238,9 @@ impl Node {
     }
 }
 
-fn read(json: &[u8], facts: &dyn Facts) -> Result<Vec<InventoryDevice>, InventoryError> {
+/// Reads what `lsblk` printed.
+#[doc(hidden)]
+pub fn read(json: &[u8], facts: &dyn Facts) -> Result<Vec<InventoryDevice>, InventoryError> {
     let json: &[u8] = if json.trim_ascii().is_empty() { b"{\"blockdevices\":[]}" } else { json };
     let document: Document = serde_json::from_slice(json)?;
     let mut list = List { facts, seen: HashSet::new(), devices: Vec::new() };

@@ -5,6 +5,8 @@ pub mod config;
 pub mod daemon;
 pub mod inventory;
 pub mod machine;
+pub mod metrics;
+pub mod pulse;
 pub mod source;
 pub mod target;
 pub mod wire;

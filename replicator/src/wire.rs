@@ -48,6 +48,11 @@ impl<S: Read + Write> Connection<S> {
         &self.stream
     }
 
+    /// The stream, to end it.
+    pub fn stream_mut(&mut self) -> &mut S {
+        &mut self.stream
+    }
+
     /// Bytes of frames sent so far, before TLS.
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes

@@ -1,129 +1,14 @@
 //! The second site as real processes: setup, control, token, join, status. No root, loopback only.
 
+mod site_support;
+
 use serde_json::Value;
-use std::net::TcpListener;
-use std::os::unix::net::UnixDatagram;
+use site_support::{Daemon, PATIENCE, Site};
+use sqlx::Connection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
-
-/// How long anything may take before the test fails.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-struct Site {
-    dir: tempfile::TempDir,
-    listen: String,
-}
-
-impl Site {
-    fn config(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// Runs a command with one of the site's configurations.
-    fn run(&self, config: &str, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_secondsite"))
-            .args(arguments)
-            .arg("--config-dir")
-            .arg(self.config(config))
-            .arg("--json")
-            .output()
-            .unwrap()
-    }
-
-    /// The document of a command that must end with this code.
-    fn ends(&self, config: &str, arguments: &[&str], code: i32) -> Value {
-        let output = self.run(config, arguments);
-        let talk = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {talk}");
-        let document: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|error| panic!("{arguments:?}: {error}: {talk}"));
-        assert_eq!(document["schema_version"], 1);
-        document
-    }
-
-    /// A site whose control has a free port, set up and not started.
-    fn setup() -> (Self, Value) {
-        let mut dir = tempfile::tempdir().unwrap();
-        // Control's port and the next one must both be free; another process may take either.
-        for _ in 0..20 {
-            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-            let site = Self { dir, listen: format!("127.0.0.1:{port}") };
-            let store = site.config("store");
-            let arguments = [
-                "setup",
-                "--no-start",
-                "--store",
-                store.to_str().unwrap(),
-                "--listen",
-                &site.listen,
-            ];
-            if site
-                .run("dr", &["setup", "--dry-run", "--store", "/tmp", "--listen", &site.listen])
-                .status
-                .success()
-            {
-                let made = site.ends("dr", &arguments, 0);
-                return (site, made);
-            }
-            dir = site.dir;
-        }
-        panic!("no two neighbouring ports are free");
-    }
-}
-
-/// A daemon, started as init would and ready; killed when dropped.
-struct Daemon {
-    child: Child,
-    notify: UnixDatagram,
-}
-
-impl Daemon {
-    fn start(config: &Path, role: &str) -> Self {
-        let socket = config.join(format!("notify-{role}"));
-        let _ = std::fs::remove_file(&socket);
-        let notify = UnixDatagram::bind(&socket).unwrap();
-        notify.set_read_timeout(Some(PATIENCE)).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_secondsite"))
-            .arg(role)
-            .arg("--config-dir")
-            .arg(config)
-            .env("NOTIFY_SOCKET", &socket)
-            .env("WATCHDOG_USEC", "1000000")
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let daemon = Self { child, notify };
-        daemon.told("READY=1");
-        daemon
-    }
-
-    /// Waits until init was told this.
-    fn told(&self, what: &str) {
-        let mut buffer = [0; 1024];
-        let until = Instant::now() + PATIENCE;
-        while Instant::now() < until {
-            let count = self.notify.recv(&mut buffer).expect("the daemon talks to init");
-            let text = String::from_utf8_lossy(&buffer[..count]);
-            if text.lines().any(|line| line == what) {
-                return;
-            }
-        }
-        panic!("never said {what}");
-    }
-
-    fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 fn message(document: &Value) -> &str {
     document["error"]["message"].as_str().unwrap()
@@ -184,4 +69,170 @@ fn from_setup_to_a_joined_server() {
     control.signal("TERM");
     control.told("STOPPING=1");
     assert!(control.child.wait().unwrap().success());
+}
+
+/// What control writes to stderr with this format, from its start to SIGTERM.
+fn log_of(site: &Site, format: &str) -> String {
+    let file = site.config("log");
+    let daemon = Daemon::start_with(&site.config("dr"), "control", |command| {
+        command
+            .env("SECONDSITE_LOG_FORMAT", format)
+            .env("SECONDSITE_LOG", "info,secondsite_control=debug");
+        command.env("JOURNAL_STREAM", "1:1").stderr(std::fs::File::create(&file).unwrap());
+    });
+    site.ends("dr", &["status"], 0);
+    daemon.signal("TERM");
+    daemon.told("STOPPING=1");
+    let mut daemon = daemon;
+    assert!(daemon.child.wait().unwrap().success());
+    std::fs::read_to_string(file).unwrap()
+}
+
+#[test]
+fn logs_are_lines_of_text_or_objects() {
+    let (site, _) = Site::setup();
+    let log = log_of(&site, "json");
+    let mut seen = Vec::new();
+    for line in log.lines() {
+        let event: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        let time = event["timestamp"].as_str().unwrap();
+        assert!(time.parse::<jiff::Timestamp>().is_ok() && time.ends_with('Z'), "{line}");
+        for key in ["level", "target", "message"] {
+            assert!(event[key].is_string(), "no {key}: {line}");
+        }
+        seen.push(event);
+    }
+    let listens = seen.iter().find(|event| event["message"] == "control listens").unwrap();
+    assert_eq!(listens["address"], site.listen.as_str());
+    assert_eq!(listens["level"], "INFO");
+
+    // A JOURNAL_STREAM that is not this stderr: text, with times.
+    let log = log_of(&site, "auto");
+    let line = log.lines().find(|line| line.contains("control listens")).unwrap();
+    assert!(line.split(' ').next().unwrap().parse::<jiff::Timestamp>().is_ok(), "{line}");
+    let wrong = site.run("dr", &["control", "--log-format", "xml"]);
+    assert_eq!(wrong.status.code(), Some(64));
+}
+
+/// All files below a folder with their bytes.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        // The index of SQLite's log holds nothing that outlives its readers.
+        } else if !path.display().to_string().ends_with("-shm") {
+            found.insert(path.clone(), std::fs::read(&path).unwrap());
+        }
+    }
+    found
+}
+
+/// What a newer version wrote ends the daemon that would read it with 78, says what was found, what
+/// is known and what to do, and is the same afterwards.
+#[test]
+fn what_a_newer_version_wrote_is_named_and_left_alone() {
+    let (site, made) = Site::setup();
+    let dr = site.config("dr");
+    let store = site.config("store").display().to_string();
+    let port: u16 = site.listen.rsplit_once(':').unwrap().1.parse().unwrap();
+    let control_toml = std::fs::read_to_string(dr.join("control.toml")).unwrap();
+    assert_eq!(control_toml, format!("listen = \"{}\"\n", site.listen));
+    let target_toml = format!(
+        "control = \"{}\"\nlisten = \"127.0.0.1:{}\"\nstore = \"{store}\"\n",
+        site.listen,
+        port + 1
+    );
+    assert_eq!(std::fs::read_to_string(dr.join("target.toml")).unwrap(), target_toml);
+
+    // The agent's documents.
+    let mut control = Daemon::start(&dr, "control");
+    let token = made["token"].as_str().unwrap();
+    site.ends("db1", &["join", &site.listen, "--token", token, "--name", "db1"], 0);
+    let db1 = site.config("db1");
+    let agent_toml = format!("control = \"{}\"\nname = \"db1\"\n", site.listen);
+    assert_eq!(std::fs::read_to_string(db1.join("agent.toml")).unwrap(), agent_toml);
+    let refuses = |config: &str, arguments: &[&str], file: &Path, found: &str| {
+        let before = files(file.parent().unwrap());
+        let document = site.ends(config, arguments, 78);
+        let error = &document["error"];
+        let said = format!("{} {}", message(&document), error["hint"].as_str().unwrap());
+        let name = file.display().to_string();
+        for part in [name.as_str(), "newer Secondsite", found, "up to 1", "install the newer"] {
+            assert!(said.contains(part), "{arguments:?}: no {part:?} in: {said}");
+        }
+        assert!(files(file.parent().unwrap()) == before, "{arguments:?} changed {name}");
+    };
+    let newer = |file: &Path| {
+        let now = "{\"content\":{\"unknown\":true},\"format\":2}\n";
+        std::fs::write(file, now).unwrap();
+    };
+    let enrolment = db1.join("state/agent/enrolment.json");
+    newer(&enrolment);
+    refuses("db1", &["replicate"], &enrolment, "format 2");
+    let next = site.ends("dr", &["token"], 0);
+    let next = next["token"].as_str().unwrap().to_string();
+    let again = ["join", &site.listen, "--token", &next, "--name", "db1", "--yes"];
+    refuses("db1", &again, &enrolment, "format 2");
+
+    // The target's: the whole of it, or one volume among others.
+    let assignment = dr.join("state/target/assignment.json");
+    std::fs::create_dir_all(assignment.parent().unwrap()).unwrap();
+    newer(&assignment);
+    refuses("dr", &["target"], &assignment, "format 2");
+    let id = |digit: &str| digit.repeat(32);
+    let volume = |digit: &str| serde_json::json!({ "id": id(digit), "name": digit, "size_bytes": 1 << 20, "block_bytes": 4096 });
+    let server = serde_json::json!({
+        "id": id("a"), "name": "db1", "machine": "5a".repeat(32), "active": true,
+        "volumes": [volume("1"), volume("2")],
+    });
+    let content = serde_json::json!({ "version": 1_000_000, "servers": [server] });
+    let document = serde_json::json!({ "format": 1, "content": content });
+    std::fs::write(&assignment, document.to_string()).unwrap();
+    let volumes = site.config("store/servers").join(id("a"));
+    std::fs::create_dir_all(volumes.join(id("1")).join("journal")).unwrap();
+    let state = volumes.join(id("1")).join("state.json");
+    std::fs::write(&state, "{\"format\": 3, \"unknown\": true}\n").unwrap();
+    std::fs::write(volumes.join(id("1")).join("journal/00000001.seg"), "newer too").unwrap();
+    std::fs::write(volumes.join(id("1")).join("replica.img"), [7; 4096]).unwrap();
+    let before = files(&volumes.join(id("1")));
+    let target = Daemon::start(&dr, "target");
+    target.says("STATUS=0 of 2 volumes connected, 1 stopped");
+    assert!(files(&volumes.join(id("1"))) == before, "the target changed what it could not read");
+    let until = Instant::now() + PATIENCE;
+    while !volumes.join(id("2")).join("state.json").exists() {
+        assert!(Instant::now() < until, "the other volume does not go on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(target);
+
+    // Control's database, with its log not written back: control was killed.
+    control.signal("KILL");
+    control.child.wait().unwrap();
+    let database = dr.join("state/control.db");
+    future_migration(&database);
+    refuses("dr", &["control"], &database, "migration 9999");
+    refuses("dr", &["setup", "--store", &store], &database, "migration 9999");
+}
+
+/// Records a migration that this version does not know, in the write-ahead log alone.
+fn future_migration(database: &Path) {
+    let log = database.with_file_name("control.db-wal");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (bytes, log_bytes) = runtime.block_on(async {
+        let options = SqliteConnectOptions::new().filename(database);
+        let mut db = SqliteConnection::connect_with(&options).await.unwrap();
+        let insert = "INSERT INTO _sqlx_migrations
+            (version, description, success, checksum, execution_time)
+            VALUES (9999, 'later', TRUE, x'00', 0)";
+        sqlx::query(insert).execute(&mut db).await.unwrap();
+        // Closing writes the log back; what a kill would leave is copied before.
+        let left = (std::fs::read(database).unwrap(), std::fs::read(&log).unwrap());
+        db.close().await.unwrap();
+        left
+    });
+    assert!(!log_bytes.is_empty(), "the test needs a log that was not written back");
+    std::fs::write(database, bytes).unwrap();
+    std::fs::write(log, log_bytes).unwrap();
 }

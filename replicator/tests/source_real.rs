@@ -283,20 +283,28 @@ fn a_busy_ext4_is_replicated_exactly_through_restarts_of_both_sides() {
     std::thread::sleep(Duration::from_millis(300));
     target = site.target(address);
     ordered(&source, 1, OrderKind::Cut);
-    ordered(&source, 2, OrderKind::Verify);
+    source.set_identity(identity(
+        &site.folder,
+        &site.authority,
+        "renewed",
+        &Role::Agent(SERVER.into()),
+    ));
+    let renewed = ordered(&source, 2, OrderKind::Cut);
+    assert!(matches!(renewed, OrderState::Done { .. }), "with a renewed certificate: {renewed:?}");
+    ordered(&source, 3, OrderKind::Verify);
 
     stop.store(true, Ordering::Relaxed);
     println!("{} files written", writing.join().unwrap());
     run("mount", &["-o", "remount,ro", mounted.mount.to_str().unwrap()]);
     let before = target.report().volumes[0].epoch;
     let OrderState::Done { result: OrderResult::Cut { exact: true, .. } } =
-        ordered(&source, 3, OrderKind::Cut)
+        ordered(&source, 4, OrderKind::Cut)
     else {
         panic!("an exact point")
     };
     check_equal(&site, &target, before);
     let OrderState::Done { result: OrderResult::Verify { volumes } } =
-        ordered(&source, 4, OrderKind::Verify)
+        ordered(&source, 5, OrderKind::Verify)
     else {
         panic!("a verify")
     };

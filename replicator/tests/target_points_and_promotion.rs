@@ -17,6 +17,7 @@ fn exact(epoch: u64, cut: u8) -> EpochFacts {
     EpochFacts {
         epoch: Epoch(epoch),
         cut_id: CutId([cut; 16]),
+        volume_bytes: 1 << 20,
         time_ns: 0, // says nothing: order must come from the epochs
         consistency: Consistency::Crash,
         method: CutMethod::Freeze,

@@ -6,12 +6,13 @@ mod target_support;
 
 use secondsite::target::session::{Peer, SessionHandle, serve};
 use secondsite::target::site::{Site, SiteConfig};
+use secondsite::target::store::Folders;
 use secondsite::wire::{Connection, WireError};
 use secondsite_control::api::{TargetAssignment, TargetServer, TargetVolume};
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES};
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId, VolumeId};
 use secondsite_format::message::{
-    CopyState, Hello, PROTOCOL, Refusal, RefusalCode, Reply, Request, Welcome,
+    CopyState, Hello, Message, PROTOCOL, Refusal, RefusalCode, Reply, Request, Welcome,
 };
 use std::io::Write;
 use std::net::Shutdown;
@@ -45,7 +46,7 @@ fn assignment(version: u64, active: bool) -> TargetAssignment {
 
 fn site(store: &Path) -> Arc<Site> {
     let config = SiteConfig {
-        store: store.to_owned(),
+        store: Box::new(Folders(store.to_owned())),
         devices: vec![],
         reserve_bytes: 0,
         memory_bytes: 4 << 20,
@@ -356,7 +357,7 @@ fn strangers_are_refused_with_their_reason() {
         (|hello| hello.server = ServerId([1; 16]), RefusalCode::NotAllowed),
         (|hello| hello.volume = VolumeId([1; 16]), RefusalCode::NotAllowed),
         (|hello| hello.protocol += 1, RefusalCode::Protocol),
-        (|hello| hello.volume_bytes += 4096, RefusalCode::Mismatch),
+        (|hello| hello.volume_bytes -= 4096, RefusalCode::Mismatch),
         (|hello| hello.block_bytes *= 2, RefusalCode::Mismatch),
         (|hello| hello.machine[31] ^= 1, RefusalCode::OtherMachine),
     ];
@@ -372,6 +373,33 @@ fn strangers_are_refused_with_their_reason() {
     assert!(alarm.contains("another machine") && alarm.contains("db1"), "{alarm}");
     unharmed(&site, chain);
     assert_eq!(site.report().volumes[0].refused, None);
+}
+
+/// A greeting of another protocol may have any form behind its number.
+#[test]
+fn a_newer_peer_is_told_both_versions() {
+    let (_store, site, chain) = protected();
+    let hello = hello().to_frame();
+    let told = |frame: &[u8]| {
+        let mut client = Client::connect(&site);
+        std::io::Write::write_all(&mut client.connection.stream(), frame).unwrap();
+        let refusal = client.refused();
+        client.close();
+        assert_eq!(refusal.code, RefusalCode::Protocol, "{refusal}");
+        refusal.message
+    };
+    let mut body = hello.body.clone();
+    body[0] = 2;
+    body.extend([7; 40]);
+    let longer = Frame::new(hello.header, body);
+    let bytes = [longer.header_bytes().as_slice(), &longer.body].concat();
+    let message = told(&bytes);
+    assert!(message.contains("protocol 2") && message.contains("this target 1"), "{message}");
+    let mut bytes = [hello.header_bytes().as_slice(), &hello.body].concat();
+    bytes[4] = 2;
+    let message = told(&bytes);
+    assert!(message.contains("frame version 2") && message.contains("up to 1"), "{message}");
+    unharmed(&site, chain);
 }
 
 #[test]

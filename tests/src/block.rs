@@ -27,6 +27,7 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
 /// A loop device; detached when dropped.
 pub struct LoopDevice {
     path: PathBuf,
+    file: PathBuf,
 }
 
 impl LoopDevice {
@@ -39,9 +40,17 @@ impl LoopDevice {
 
     /// Over an existing file.
     pub fn over(file: &Path, direct: bool) -> Self {
-        let file = file.to_str().expect("UTF-8");
+        let name = file.to_str().expect("UTF-8");
         let direct = if direct { "--direct-io=on" } else { "--direct-io=off" };
-        Self { path: run("losetup", &["--find", "--show", direct, file]).into() }
+        let path = run("losetup", &["--find", "--show", direct, name]).into();
+        Self { path, file: file.to_owned() }
+    }
+
+    /// Makes file and device so long, while they are in use.
+    pub fn resize(&self, bytes: u64) {
+        let file = std::fs::OpenOptions::new().write(true).open(&self.file).expect("its file");
+        file.set_len(bytes).expect("another length");
+        run("losetup", &["--set-capacity", self.path.to_str().expect("UTF-8")]);
     }
 
     /// `/dev/loopN`.
@@ -156,7 +165,8 @@ mod ioctl {
     nix::ioctl_none!(blkflsbuf, 0x12, 97);
 }
 
-fn open(path: &Path) -> (File, u64) {
+/// Opens a file or device for reading, with nothing of it in the page cache; also its size, bytes.
+pub(crate) fn open(path: &Path) -> (File, u64) {
     use std::io::{Seek, SeekFrom};
     use std::os::unix::fs::FileTypeExt;
     let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

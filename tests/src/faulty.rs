@@ -1,9 +1,11 @@
 //! Disks that are slow, fail on demand, or lose their power: nbdkit with filters, nbdfuse, and a
 //! loop device over the file that it serves. They are block devices like any other.
 
-use crate::block::{LoopDevice, Mount, run};
+use crate::block::{LoopDevice, Mount, open, run};
 use crate::daemon::Child;
 use crate::wait_until;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,6 +67,33 @@ impl NbdDevice {
     /// `/dev/loopN`.
     pub fn path(&self) -> &Path {
         self.device.path()
+    }
+
+    /// `loopN`: the volume's name.
+    pub fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// What answers for the medium: stopped, every read and write waits.
+    pub fn medium(&self) -> Pid {
+        self.server.pid()
+    }
+
+    /// Whether it answers at all: a disk that hangs, and comes back. Nothing of it is cached then.
+    pub fn set_stalled(&self, stalled: bool) {
+        if stalled {
+            open(self.device.path()); // flushes and drops its page cache
+        }
+        let signal = if stalled { Signal::SIGSTOP } else { Signal::SIGCONT };
+        // One whose power was cut is gone already.
+        let _ = kill(self.server.pid(), signal);
+    }
+}
+
+impl Drop for NbdDevice {
+    fn drop(&mut self) {
+        // Taking the layers above down reads from it.
+        self.set_stalled(false);
     }
 }
 
@@ -131,8 +160,7 @@ impl FaultyStore {
 
     /// The power goes: what was not flushed is lost, and from now on nothing can be read or written.
     pub fn cut_power(&mut self) {
-        nix::sys::signal::kill(self.device().server.pid(), nix::sys::signal::Signal::SIGKILL)
-            .expect("kill our own nbdkit");
+        kill(self.device().server.pid(), Signal::SIGKILL).expect("kill our own nbdkit");
         let server = &mut self.device.as_mut().expect("it has a device").server;
         wait_until("nbdkit is gone", START_LIMIT, || {
             server.ended().map(drop).ok_or_else(|| "it runs".to_owned())

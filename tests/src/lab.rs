@@ -4,9 +4,11 @@
 use crate::daemon::Child;
 use crate::network::{Network, SITE_ADDRESS};
 use crate::wait_until;
-use secondsite_control::api::{Points, ServerStatus, Status};
+use nix::unistd::Pid;
+use secondsite_control::api::{Point, Points, ServerStatus, Status, VolumeStatus};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::net::TcpListener;
@@ -217,10 +219,22 @@ impl Lab {
 
     /// Starts a daemon; any earlier one of its kind must be gone.
     pub fn start(&mut self, daemon: Daemon) {
+        self.start_with(daemon, &[]);
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(&mut self, daemon: Daemon, environment: &[(&str, &OsStr)]) {
         let side = if daemon == Daemon::Replicate { Side::Server } else { Side::Site };
-        let child = Child::spawn(daemon.word(), self.command(side).arg(daemon.word()));
+        let mut command = self.command(side);
+        command.arg(daemon.word()).envs(environment.iter().copied());
+        let child = Child::spawn(daemon.word(), &mut command);
         let before = self.daemons.insert(daemon, child);
         assert!(before.is_none(), "{daemon:?} already runs");
+    }
+
+    /// The process of a daemon.
+    pub fn pid(&self, daemon: Daemon) -> Pid {
+        self.daemons.get(&daemon).expect("it runs").pid()
     }
 
     /// `kill -9`.
@@ -249,14 +263,28 @@ impl Lab {
 
     /// Joins as [`SERVER`] and starts the agent.
     pub fn join(&mut self) {
+        self.join_with("");
+    }
+
+    /// The same with `settings` added to agent.toml.
+    pub fn join_with(&mut self, settings: &str) {
         self.try_join(&self.token(), SERVER).ok();
+        let path = self.config_dir(Side::Server).join("agent.toml");
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        std::fs::write(&path, format!("{settings}\n{before}")).expect("agent.toml");
         self.start(Daemon::Replicate);
     }
 
     /// Protects a device of the server.
     pub fn protect(&self, device: &Path, more: &[&str]) -> Outcome {
-        let device = device.to_str().expect("UTF-8");
-        let words = ["protect", SERVER, "--volumes", device, "--yes"];
+        self.protect_all(&[device], more)
+    }
+
+    /// Protects devices of the server.
+    pub fn protect_all(&self, devices: &[&Path], more: &[&str]) -> Outcome {
+        let devices: Vec<_> = devices.iter().map(|path| path.to_str().expect("UTF-8")).collect();
+        let devices = devices.join(",");
+        let words = ["protect", SERVER, "--volumes", &devices, "--yes"];
         self.cli(Side::Site, &[&words, more].concat())
     }
 
@@ -301,22 +329,61 @@ impl Lab {
         }
     }
 
-    /// Waits until the first volume has committed an epoch after `epoch`.
+    /// Waits until every volume has committed an epoch after `epoch`; returns the highest.
     pub fn wait_for_epoch_after(&mut self, epoch: u64, limit: Duration) -> u64 {
-        let what = format!("an epoch after {epoch} is committed");
-        let status = self.wait(&what, limit, |status| epoch_of(status) > epoch);
-        epoch_of(&status)
+        let what = format!("an epoch after {epoch} is committed on every volume");
+        let epochs = |status: &ServerStatus| -> Vec<u64> {
+            status.volumes.iter().map(|volume| volume.epoch.unwrap_or(0)).collect()
+        };
+        let status = self.wait(&what, limit, |status| {
+            let epochs = epochs(status);
+            !epochs.is_empty() && epochs.into_iter().all(|newest| newest > epoch)
+        });
+        epochs(&status).into_iter().max().expect("a volume")
     }
 
-    /// Waits until the replica volume holds the newest committed epoch; returns its path.
+    /// Waits until the replica volumes hold what is now the newest exact point, or a later one;
+    /// returns the first's path.
     pub fn wait_until_promoted(&mut self, limit: Duration) -> PathBuf {
+        let point = self.newest_exact().expect("an exact point");
         let status = self.wait("all is promoted", limit, |status| {
-            status
-                .volumes
-                .iter()
-                .all(|volume| volume.epoch.is_some() && volume.epoch == volume.promoted_epoch)
+            let holds = |volume: &VolumeStatus| {
+                volume.promoted_epoch >= point.epochs.get(&volume.name).copied()
+            };
+            status.volumes.iter().all(holds)
         });
-        status.volumes[0].replica.clone().expect("a replica volume").into()
+        replica_of(&status.volumes[0])
+    }
+
+    /// The newest exact point that lacks no volume.
+    pub fn newest_exact(&self) -> Option<Point> {
+        let mut points = self.points().points.into_iter().rev();
+        points.find(|point| point.consistency != "fuzzy" && point.lacking.is_empty())
+    }
+
+    /// With the agent gone nothing new arrives: waits until the replica volumes have come to rest
+    /// at the newest exact point.
+    pub fn wait_until_at_rest(&mut self, limit: Duration) -> Point {
+        assert!(!self.daemons.contains_key(&Daemon::Replicate), "the agent still runs");
+        crate::wait_until("the replica volumes hold the newest exact point", limit, || {
+            let (status, point) = (self.status()?, self.newest_exact());
+            let holds = |point: &Point, volume: &VolumeStatus| {
+                point.epochs.get(&volume.name).copied() == volume.promoted_epoch
+            };
+            match point {
+                Some(point) if status.volumes.iter().all(|volume| holds(&point, volume)) => {
+                    Ok(point)
+                }
+                other => Err(format!("{other:?} of {:?}", status.volumes)),
+            }
+        })
+    }
+
+    /// The replica volume of a device of the server.
+    pub fn replica(&self, device: &Path) -> PathBuf {
+        let status = self.status().expect("control answers");
+        let volume = status.volumes.iter().find(|volume| Path::new(&volume.path) == device);
+        replica_of(volume.unwrap_or_else(|| panic!("{} is not protected", device.display())))
     }
 
     /// `cut --wait`; returns the point's id.
@@ -358,6 +425,10 @@ impl Drop for Lab {
             let _ = std::fs::remove_dir_all(Path::new("/sys/fs/bpf/secondsite").join(id));
         }
     }
+}
+
+fn replica_of(volume: &VolumeStatus) -> PathBuf {
+    volume.replica.clone().expect("a replica volume").into()
 }
 
 /// Newest committed epoch of the first volume; 0 before.

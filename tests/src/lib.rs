@@ -7,12 +7,16 @@
 
 pub mod block;
 pub mod daemon;
+pub mod decoders;
 pub mod faulty;
+pub mod file_system;
 pub mod lab;
 pub mod load;
 pub mod network;
+pub mod ordered;
 pub mod postgres;
 pub mod random;
+pub mod threads;
 
 use std::time::{Duration, Instant};
 

@@ -39,15 +39,41 @@ impl Network {
         run("ip", &["-n", &self.server, "link", "set", "wire0", if up { "up" } else { "down" }]);
     }
 
-    /// Loses every packet on its way to the second site, or no more: nobody is told.
+    /// Loses every packet in both directions, or no more: nobody is told.
     pub fn set_silent(&self, silent: bool) {
-        let rules = if silent {
+        self.nft(if silent {
             "add table inet cut; \
              add chain inet cut in { type filter hook input priority 0; }; \
-             add rule inet cut in iif wire0 drop"
+             add rule inet cut in iif wire0 drop; \
+             add chain inet cut out { type filter hook output priority 0; }; \
+             add rule inet cut out oif wire0 drop"
         } else {
             "delete table inet cut"
-        };
+        });
+    }
+
+    /// The server's ends of the connections to a port of the second site that stand there.
+    pub fn connections(&self, port: u16) -> Vec<u16> {
+        let filter = format!("sport = :{port}");
+        let output = self.on_site("ss").args(["-Htn", "state", "established", &filter]).output();
+        let text = String::from_utf8(output.expect("ss runs").stdout).expect("UTF-8");
+        let peer = |line: &str| line.split_whitespace().nth(3)?.rsplit_once(':')?.1.parse().ok();
+        text.lines().map(|line| peer(line).expect("an address and a port")).collect()
+    }
+
+    /// Loses what still comes from these ports of the server, for good: as if a machine had lost
+    /// its power, whose last packets this kernel would otherwise send again.
+    pub fn bury(&self, ports: &[u16]) {
+        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+        self.nft(&format!(
+            "add table inet buried; \
+             add chain inet buried in {{ type filter hook input priority 0; }}; \
+             add rule inet buried in iif wire0 tcp sport {{ {} }} drop",
+            ports.join(", ")
+        ));
+    }
+
+    fn nft(&self, rules: &str) {
         let status = self.on_site("nft").arg(rules).status().expect("nft runs");
         assert!(status.success(), "nft {rules}: {status}");
     }

@@ -2,18 +2,20 @@
 //! exit code of its kind, and leaves the volumes as they were.
 
 use secondsite_tests::block::{LoopDevice, Mount, assert_equal};
+use secondsite_tests::faulty::slow_device;
 use secondsite_tests::lab::{Daemon, Lab, SERVER, Side};
 use secondsite_tests::random::Random;
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const VOLUME_BYTES: u64 = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Exit codes of the conventions.
 const USAGE: i32 = 64;
+const UNAVAILABLE: i32 = 69;
 const PERMISSION: i32 = 77;
 const CONFIGURATION: i32 = 78;
 
@@ -61,6 +63,32 @@ fn volumes_that_cannot_be_protected_are_refused() {
     lab.protect(device.path(), &[]).refused_somehow(&[device.name(), "already"]);
     lab.wait_for_epoch_after(0, PATIENCE);
     lab.cli(Side::Site, &["unprotect", SERVER, "--yes"]).ok();
+}
+
+#[test]
+fn a_device_that_does_not_answer_is_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let source = LoopDevice::sparse(dir.path(), "source.img", VOLUME_BYTES);
+    let slow = slow_device(dir.path(), 1 << 20, Duration::ZERO);
+    let mut lab = Lab::new();
+    let token = lab.token();
+    slow.set_stalled(true);
+    let begun = Instant::now();
+    lab.try_join(&token, SERVER).refused(UNAVAILABLE, &[slow.name(), "does not answer"]);
+    assert!(begun.elapsed() < Duration::from_secs(40), "join hung for {:?}", begun.elapsed());
+    slow.set_stalled(false);
+    lab.try_join(&token, SERVER).ok();
+    // Nor does it keep an agent from replicating another device, or from ending.
+    lab.start(Daemon::Replicate);
+    lab.protect(source.path(), &["--rpo", "3s"]).ok();
+    let epoch = lab.wait_for_epoch_after(0, PATIENCE);
+    slow.set_stalled(true);
+    lab.stop(Daemon::Replicate);
+    lab.start(Daemon::Replicate);
+    let epoch = lab.wait_for_epoch_after(epoch, PATIENCE);
+    lab.stop(Daemon::Replicate);
+    assert!(epoch > 0);
+    slow.set_stalled(false);
 }
 
 #[test]

@@ -77,7 +77,7 @@ fn follow(completion_marks: bool, random: &mut Random) -> Run {
 
     let gap = match tracker.audit() {
         Audit::Gap(why) => Some(why),
-        Audit::Good | Audit::Busy => None,
+        Audit::Good | Audit::Busy | Audit::Resized => None,
     };
     let mut now = vec![0; VOLUME_BYTES as usize];
     read(&reader, BlockRun { first: 0, count: VOLUME_BYTES / COMPARE_BYTES as u64 }, &mut now);

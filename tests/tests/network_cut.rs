@@ -22,7 +22,7 @@ fn replication_resumes_after_every_cut() {
     lab.join();
     lab.protect(device.path(), &["--rpo", "3s"]).ok();
     let mut epoch = lab.wait_for_epoch_after(0, PATIENCE);
-    let load = Load::mixed(mount.path(), &mut random, Duration::from_millis(2));
+    let load = Load::start(Load::mixed(mount.path(), &mut random, Duration::from_millis(2)));
 
     for turn in 0..soak(4, 40) {
         let more = |bytes: u64| {

@@ -3,6 +3,7 @@
 //! the disk is well again replication goes on where it was, without a full transfer.
 
 use secondsite_control::api::ServerStatus;
+use secondsite_control::codes::State;
 use secondsite_tests::block::{LoopDevice, Mount, assert_equal};
 use secondsite_tests::faulty::{Fault, FaultyStore};
 use secondsite_tests::lab::{Daemon, Lab, SERVER, Side, epoch_of};
@@ -50,7 +51,7 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
         // Well again, but what the failed sync lost is not known: nothing goes on by itself.
         app.writes_more(4 << 20);
         let now = lab.status().expect("status");
-        assert_eq!((now.state.as_str(), epoch_of(&now)), ("stopped", epoch_of(&status)));
+        assert_eq!((now.state, epoch_of(&now)), (State::Stopped, epoch_of(&status)));
         lab.kill(Daemon::Target);
         store.restore();
         lab.start_target();
@@ -62,7 +63,7 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
     lab.stop(Daemon::Target);
     store.restore();
     lab.start_target();
-    lab.wait("it is protected", PATIENCE, |status| status.state == "protected");
+    lab.wait("it is protected", PATIENCE, |status| status.state == State::Protected);
     store.fail_reads(true);
     // It reads all of the replica volume, and cannot end before that was read.
     let mut verify = lab.spawn_cli(&["verify", SERVER, "--yes"]);
@@ -100,11 +101,11 @@ fn a_full_store_only_makes_the_loss_grow() {
             let grown = status.loss_seconds.is_some_and(|loss| loss > 2.0 * GOAL_SECONDS);
             grown && said.contains("no space") && said.contains("make room")
         });
-        assert_eq!(status.state, "behind", "{status:?}");
+        assert_eq!(status.state, State::Behind, "{status:?}");
         app.writes_more(8 << 20);
         std::fs::remove_file(filler).expect("remove the filler");
         lab.wait_for_epoch_after(epoch_of(&status), PATIENCE);
-        lab.wait("it is protected", PATIENCE, |status| status.state == "protected");
+        lab.wait("it is protected", PATIENCE, |status| status.state == State::Protected);
     }
     app.end(&mut lab, || {});
 }
@@ -195,7 +196,7 @@ impl Application {
         lab.protect(self.device.path(), &["--rpo", &goal]).ok();
         lab.wait_for_epoch_after(0, PATIENCE);
         let dir = self.mount.as_ref().expect("it is mounted").path();
-        self.load = Some(Load::mixed(dir, random, PAUSE));
+        self.load = Some(Load::start(Load::mixed(dir, random, PAUSE)));
     }
 
     fn load(&self) -> &Load {
@@ -248,7 +249,7 @@ impl Application {
 fn stopped(lab: &mut Lab, causes: &[&str]) -> ServerStatus {
     lab.wait("the status says that and why it is stopped", PATIENCE, |status| {
         let always = ["the target stopped it", "repair the storage, then restart"];
-        status.state == "stopped"
+        status.state == State::Stopped
             && always.iter().all(|words| status.reason.contains(words))
             && causes.iter().any(|cause| status.reason.contains(cause))
     })

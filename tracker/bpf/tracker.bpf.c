@@ -24,6 +24,7 @@ typedef unsigned long long u64;
 #define CORE __attribute__((preserve_access_index))
 #define __uint(name, value) int (*name)[value]
 #define __type(name, type) typeof(type) *name
+#define __array(name, type) typeof(type) *name[]
 
 static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*bpf_map_update_elem)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
@@ -46,9 +47,11 @@ enum {
 	OP_WRITE_ZEROES = 9,
 	OP_DRV_OUT = 35,
 
-	MAP_ARRAY = 2,
 	MAP_HASH = 1,
-	MMAPABLE = 1024,
+	MAP_ARRAY = 2,
+	MAP_ARRAY_OF_MAPS = 12,
+	MMAPABLE = 1 << 10,
+	INNER_MAP = 1 << 12, // may be replaced by one of another size
 
 	SECTOR_SHIFT = 9,
 	WORD_SHIFT = 6, // blocks in a leaf word
@@ -66,15 +69,14 @@ enum {
 	C_FAILED, // sectors that ended before they became a request
 	C_FAILED_DISCARD,
 	C_DOUBT_OPAQUE, // passthrough writes: no one knows which blocks
-	C_DOUBT_RANGE, // beyond the volume, or a discard of too many ranges
+	C_DOUBT_RANGES, // a discard of too many ranges
 	C_DOUBT_STASH, // the extent of a bio was not remembered
 	COUNTERS = 16,
 	COPIES = 2,
 };
 
 volatile const u32 cfg_major = 0, cfg_minor = 0; // of the whole disk
-volatile const u64 cfg_first = 0, cfg_sectors = 0; // where the volume lies on it
-volatile const u32 cfg_partition = 0; // writes beside the volume are somebody else's
+volatile const u64 cfg_first = 0; // where the volume starts on it, sectors
 volatile const u32 cfg_block_shift = 12;
 volatile const u32 cfg_bio_based = 0; // completes bios, not requests
 volatile const u32 cfg_uncounted_zeroes = 0; // the driver (zram) counts no discards, nor zeroes as writes
@@ -86,11 +88,24 @@ volatile const u32 cfg_completion_marks = 1; // 0 only in a test that shows what
 		__type(key, u32); __type(value, u64); \
 	} name SEC(".maps")
 
-ARRAY(live, 1);
-ARRAY(summary, 1);
-ARRAY(taken, 1); // used by user space only; here so that all is made and pinned together
 ARRAY(header, 64);
 ARRAY(counters, COUNTERS * COPIES);
+
+// Of the header: sectors of the volume. What lies beyond is no block of it, or not yet.
+enum { H_SECTORS = 5 };
+
+// The bitmaps that count. User space puts larger ones there when the volume has grown; the call
+// that does so returns when no program that looked before still runs.
+enum { LIVE, SUMMARY, BITMAPS };
+struct bitmap {
+	__uint(type, MAP_ARRAY); __uint(map_flags, MMAPABLE | INNER_MAP); __uint(max_entries, 1);
+	__type(key, u32); __type(value, u64);
+};
+struct {
+	__uint(type, MAP_ARRAY_OF_MAPS); __uint(max_entries, BITMAPS);
+	__type(key, u32); __type(value, u32);
+	__array(values, struct bitmap);
+} bitmaps SEC(".maps");
 
 // A bio that is split on its way completes with the extent of its last piece: remember the whole.
 struct extent { u64 sector; u64 bytes; };
@@ -109,46 +124,51 @@ INLINE void count(u32 copy, u32 counter, u64 n)
 		FETCHED(__sync_fetch_and_add(value, n));
 }
 
-INLINE void mark_word(u32 copy, u32 word, u64 mask)
+INLINE u64 *word_of(u32 bitmap, u32 word)
 {
-	u64 *leaf = bpf_map_lookup_elem(&live, &word), *sum;
-	u32 group = word >> GROUP_SHIFT, key = group >> WORD_SHIFT;
+	void *words = bpf_map_lookup_elem(&bitmaps, &bitmap);
+
+	return words ? bpf_map_lookup_elem(words, &word) : 0;
+}
+
+INLINE void mark_word(u32 word, u64 mask)
+{
+	u64 *leaf = word_of(LIVE, word), *sum;
+	u32 group = word >> GROUP_SHIFT;
 	u64 bit = 1ULL << (group & 63);
 
-	if (!leaf) {
-		count(copy, C_DOUBT_RANGE, 1);
+	// Beyond the bitmaps only while the volume grows: all of that part is dirty anyway.
+	if (!leaf)
 		return;
-	}
 	// Leaf, full barrier (the fetch), summary: the partner of take_group() in user space. Never
 	// a plain look instead: the bit could be taken, and the disk read, before our data is seen.
 	FETCHED(__sync_fetch_and_or(leaf, mask));
-	sum = bpf_map_lookup_elem(&summary, &key);
+	sum = word_of(SUMMARY, group >> WORD_SHIFT);
 	if (sum && !(*(volatile u64 *)sum & bit))
 		FETCHED(__sync_fetch_and_or(sum, bit));
 }
 
-struct fill { u32 copy; u32 word; };
-
-static long fill_word(u32 i, struct fill *fill)
+static long fill_word(u32 i, u32 *first)
 {
-	mark_word(fill->copy, fill->word + i, ~0ULL);
+	mark_word(*first + i, ~0ULL);
 	return 0;
 }
 
-// Marks the blocks of a range of the disk that lie in the volume.
-INLINE void mark(u32 copy, u64 sector, u64 bytes)
+// Marks the blocks of a range of the disk that lie in the volume. A write beside a partition is
+// somebody else's; one behind a whole disk's known end tells that it has grown, which its size
+// tells as well.
+INLINE void mark(u64 sector, u64 bytes)
 {
-	u64 end = sector + ((bytes + 511) >> SECTOR_SHIFT), stop = cfg_first + cfg_sectors;
-	u32 shift = cfg_block_shift - SECTOR_SHIFT, first_word, last_word;
+	u64 end = sector + ((bytes + 511) >> SECTOR_SHIFT), stop;
+	u32 shift = cfg_block_shift - SECTOR_SHIFT, key = H_SECTORS, first_word, last_word;
+	u64 *sectors = bpf_map_lookup_elem(&header, &key);
 	u64 first, last, head, tail;
 
-	if (!bytes)
+	if (!bytes || !sectors)
 		return;
-	if (end > stop) {
-		if (!cfg_partition)
-			count(copy, C_DOUBT_RANGE, 1);
+	stop = cfg_first + *(volatile u64 *)sectors;
+	if (end > stop)
 		end = stop;
-	}
 	if (sector < cfg_first)
 		sector = cfg_first;
 	if (sector >= end)
@@ -160,16 +180,16 @@ INLINE void mark(u32 copy, u64 sector, u64 bytes)
 	head = ~0ULL << (first & 63);
 	tail = ~0ULL >> (63 - (last & 63));
 	if (first_word == last_word) {
-		mark_word(copy, first_word, head & tail);
+		mark_word(first_word, head & tail);
 		return;
 	}
-	mark_word(copy, first_word, head);
+	mark_word(first_word, head);
 	if (last_word - first_word > 1) {
-		struct fill fill = { copy, first_word + 1 };
+		u32 from = first_word + 1;
 
-		bpf_loop(last_word - first_word - 1, fill_word, &fill, 0);
+		bpf_loop(last_word - first_word - 1, fill_word, &from, 0);
 	}
-	mark_word(copy, last_word, tail);
+	mark_word(last_word, tail);
 }
 
 // What is counted with the discards and not with the writes.
@@ -183,7 +203,7 @@ INLINE int is_ours(struct gendisk *disk)
 	return disk->first_minor == cfg_minor && disk->major == cfg_major;
 }
 
-struct walk { u32 copy; struct bio *bio; };
+struct walk { struct bio *bio; };
 
 // Marks one bio of a list. A pointer that has been stored is a number to the verifier: read by it.
 static long mark_bio(u32 i, struct walk *walk)
@@ -195,7 +215,7 @@ static long mark_bio(u32 i, struct walk *walk)
 	bpf_probe_read_kernel(&sector, sizeof(sector), &bio->bi_iter.bi_sector);
 	bpf_probe_read_kernel(&bytes, sizeof(bytes), &bio->bi_iter.bi_size);
 	bpf_probe_read_kernel(&next, sizeof(next), &bio->bi_next);
-	mark(walk->copy, sector, bytes);
+	mark(sector, bytes);
 	walk->bio = next;
 	return !next;
 }
@@ -208,7 +228,7 @@ INLINE int on_queue(u32 copy, struct bio *bio)
 
 	if (!(op & OP_WRITE_BIT) || !bytes || !is_ours(bio->bi_bdev->bd_disk))
 		return 0;
-	mark(copy, sector, bytes);
+	mark(sector, bytes);
 	if (cfg_bio_based) {
 		u64 key = (u64)bio + copy;
 		struct extent extent = { sector, bytes };
@@ -237,13 +257,13 @@ INLINE int on_request(u32 copy, struct request *rq, u32 bytes)
 		return 0;
 	if (cfg_completion_marks && op == OP_DISCARD) {
 		// One request may discard several ranges: one a bio.
-		struct walk walk = { copy, bio };
+		struct walk walk = { bio };
 
 		bpf_loop(DISCARD_BIOS_MAX, mark_bio, &walk, 0);
 		if (walk.bio)
-			count(copy, C_DOUBT_RANGE, 1);
+			count(copy, C_DOUBT_RANGES, 1);
 	} else if (cfg_completion_marks) {
-		mark(copy, rq->__sector, bytes);
+		mark(rq->__sector, bytes);
 	}
 	if (!cfg_bio_based)
 		count(copy, with_discards(op) ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
@@ -273,14 +293,14 @@ INLINE int on_bio(u32 copy, struct bio *bio)
 			count(copy, C_DOUBT_STASH, 1);
 		}
 		if (cfg_completion_marks)
-			mark(copy, sector, bytes);
+			mark(sector, bytes);
 		count(copy, with_discards(op) ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
 		return 0;
 	}
 	if (!bytes || !is_ours(bio->bi_bdev->bd_disk))
 		return 0;
 	if (cfg_completion_marks)
-		mark(copy, sector, bytes);
+		mark(sector, bytes);
 	count(copy, with_discards(op) ? C_FAILED_DISCARD : C_FAILED, bytes >> SECTOR_SHIFT);
 	return 0;
 }

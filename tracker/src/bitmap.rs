@@ -6,11 +6,17 @@
 //! the leaves finds and repairs.
 //!
 //! Mark against take: the marker sets the leaf, then looks at the summary; the taker clears the
-//! summary bit, then looks at the leaves; both with a full fence between. So at least one sees the
-//! other: the taker finds the leaf, or the marker finds the summary clear and sets it again.
+//! summary bit, then looks at the leaves; all four in one sequentially consistent order. So at
+//! least one sees the other: the taker finds the leaf, or the marker finds the summary clear and
+//! sets it again.
+//!
+//! Which groups of taken may hold bits is noted for this process alone: only its taker sets them.
+//! It begins with all of them noted, whatever an earlier process left behind.
 
 use crate::marks::BlockRun;
 use crate::sync::{Memory, Word};
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
 
 /// Blocks in a leaf word.
@@ -28,6 +34,11 @@ pub(crate) fn summary_words(blocks: u64) -> usize {
     (leaf_words(blocks) as u64).div_ceil(GROUP_WORDS * WORD_BITS) as usize
 }
 
+/// Groups of leaf words for so many blocks.
+fn groups(blocks: u64) -> u64 {
+    (leaf_words(blocks) as u64).div_ceil(GROUP_WORDS)
+}
+
 /// The two bitmaps of a volume.
 #[doc(hidden)]
 pub struct Bitmaps<W> {
@@ -35,6 +46,8 @@ pub struct Bitmaps<W> {
     live: Memory<W>,
     summary: Memory<W>,
     taken: Memory<W>,
+    /// One a group of taken: false says that its leaves are zero. Relaxed: used by one at a time.
+    noted: Box<[AtomicBool]>,
 }
 
 impl<W: Word> Bitmaps<W> {
@@ -42,7 +55,8 @@ impl<W: Word> Bitmaps<W> {
     pub fn new(blocks: u64, live: Memory<W>, summary: Memory<W>, taken: Memory<W>) -> Self {
         assert!(live.len() >= leaf_words(blocks) && taken.len() >= leaf_words(blocks));
         assert!(summary.len() >= summary_words(blocks));
-        Self { blocks, live, summary, taken }
+        let noted = (0..groups(blocks)).map(|_| AtomicBool::new(true)).collect();
+        Self { blocks, live, summary, taken, noted }
     }
 
     /// Number of blocks.
@@ -61,13 +75,12 @@ impl<W: Word> Bitmaps<W> {
         // Always a read-modify-write, also where the bit is set already: it orders the data that
         // was written before it against the taker's clear and read (Release here, Acquire there).
         // A plain look could see the bit just before the taker clears it, and the write be lost.
-        self.live[index].fetch_or(mask, AcqRel);
-        // Partner: the fence in `take_group`.
-        W::fence(SeqCst);
+        // SeqCst, as the look below: partners are the clear and the looks in `take_group`.
+        self.live[index].fetch_or(mask, SeqCst);
         let (word, bit) = summary_of(index);
         // Looking first is allowed here: if the bit is still seen set, the taker's clear comes
-        // later, and by the fences its look at the leaves sees the leaf that was set above.
-        if self.summary[word].load(Relaxed) & bit == 0 {
+        // later in the one order, and its look at the leaves sees the leaf that was set above.
+        if self.summary[word].load(SeqCst) & bit == 0 {
             self.summary[word].fetch_or(bit, AcqRel);
         }
     }
@@ -76,7 +89,7 @@ impl<W: Word> Bitmaps<W> {
     /// `leaves` scans every leaf instead of trusting the summary.
     pub fn take(&self, blocks_max: u64, leaves: bool, out: &mut Vec<BlockRun>) -> u64 {
         let mut left = blocks_max;
-        let groups = (leaf_words(self.blocks) as u64).div_ceil(GROUP_WORDS);
+        let groups = groups(self.blocks);
         for word in 0..groups.div_ceil(WORD_BITS) {
             let mut bits = match leaves {
                 true => u64::MAX,
@@ -103,14 +116,17 @@ impl<W: Word> Bitmaps<W> {
         let (summary, bit) = summary_of(first);
         // Cleared before the leaves are looked at: see the module's header. Killed right after
         // this, leaves stay under a cleared bit until the next process scans leaves.
-        self.summary[summary].fetch_and(!bit, AcqRel);
-        W::fence(SeqCst);
+        // SeqCst, as the looks below: partners are the leaf and the look in `mark_word`.
+        self.summary[summary].fetch_and(!bit, SeqCst);
         let mut left = blocks_max;
-        for index in first..(first + GROUP_WORDS as usize).min(leaf_words(self.blocks)) {
-            let word = self.live[index].load(Relaxed);
+        let leaves = self.leaves_of(group);
+        let (live, taken) = (&self.live[leaves.clone()], &self.taken[leaves]);
+        for (i, (live, taken)) in live.iter().zip(taken).enumerate() {
+            let word = live.load(SeqCst);
             if word == 0 {
                 continue;
             }
+            self.noted[group as usize].store(true, Relaxed);
             let mask = lowest_bits(word, left);
             if mask != 0 {
                 // Clears a bit: it is in taken first, so a kill between the two leaves it in both;
@@ -118,9 +134,9 @@ impl<W: Word> Bitmaps<W> {
                 // of the same block that falls between loses nothing: its data reached the disk
                 // before the mark, the mark comes before this clear (Acquire), and the caller
                 // reads the disk only after it.
-                self.taken[index].fetch_or(mask, AcqRel);
-                self.live[index].fetch_and(!mask, AcqRel);
-                append_runs(index, mask, out);
+                taken.fetch_or(mask, AcqRel);
+                live.fetch_and(!mask, AcqRel);
+                append_runs(first + i, mask, out);
                 left -= u64::from(mask.count_ones());
             }
             if mask != word {
@@ -131,23 +147,52 @@ impl<W: Word> Bitmaps<W> {
         blocks_max - left
     }
 
+    fn leaves_of(&self, group: u64) -> Range<usize> {
+        let first = (group * GROUP_WORDS) as usize;
+        first..(first + GROUP_WORDS as usize).min(leaf_words(self.blocks))
+    }
+
+    /// Groups of taken that may hold bits.
+    fn noted(&self) -> impl Iterator<Item = u64> {
+        let noted = self.noted.iter().enumerate();
+        noted.filter(|(_, noted)| noted.load(Relaxed)).map(|(group, _)| group as u64)
+    }
+
     /// Puts every taken bit back into live, then clears it. May be repeated.
     pub fn restore(&self) {
-        for index in 0..leaf_words(self.blocks) {
-            let word = self.taken[index].load(Relaxed);
-            if word != 0 {
-                // Clears taken bits: they are live first, so that a kill between leaves them in both.
-                self.mark_word(index, word);
-                self.taken[index].fetch_and(!word, AcqRel);
+        for group in self.noted() {
+            let leaves = self.leaves_of(group);
+            for (index, taken) in leaves.clone().zip(&self.taken[leaves]) {
+                let word = taken.load(Relaxed);
+                if word != 0 {
+                    // Clears taken bits: they are live first, so that a kill between leaves them
+                    // in both.
+                    self.mark_word(index, word);
+                    taken.fetch_and(!word, AcqRel);
+                }
             }
+            self.noted[group as usize].store(false, Relaxed);
         }
     }
 
     /// Clears the taken bitmap in full. Only for a cut that the target has committed.
     pub fn clear_taken(&self) {
-        for word in &self.taken[..leaf_words(self.blocks)] {
-            if word.load(Relaxed) != 0 {
-                word.store(0, Relaxed);
+        for group in self.noted() {
+            for word in &self.taken[self.leaves_of(group)] {
+                if word.load(Relaxed) != 0 {
+                    word.store(0, Relaxed);
+                }
+            }
+            self.noted[group as usize].store(false, Relaxed);
+        }
+    }
+
+    /// Sets every bit that is live in `old`, which is no larger and which nobody marks any more.
+    pub fn absorb(&self, old: &Self) {
+        for (index, word) in old.live[..leaf_words(old.blocks)].iter().enumerate() {
+            let word = word.load(Acquire);
+            if word != 0 {
+                self.mark_word(index, word);
             }
         }
     }
@@ -157,7 +202,8 @@ impl<W: Word> Bitmaps<W> {
     pub fn live_is_clear(&self) -> bool {
         // Partner: the caller has read the disk, or the counters; those loads stay before these.
         W::fence(SeqCst);
-        match (0..leaf_words(self.blocks)).find(|index| self.live[*index].load(Acquire) != 0) {
+        let mut leaves = self.live[..leaf_words(self.blocks)].iter();
+        match leaves.position(|leaf| leaf.load(Acquire) != 0) {
             None => true,
             Some(index) => {
                 let (word, bit) = summary_of(index);
@@ -167,19 +213,25 @@ impl<W: Word> Bitmaps<W> {
         }
     }
 
-    /// Whether no leaf of the taken bitmap is set.
+    /// Whether no leaf of the taken bitmap is set, whatever is noted: the last check before a cut
+    /// names them its own.
     pub fn taken_is_clear(&self) -> bool {
         self.taken[..leaf_words(self.blocks)].iter().all(|word| word.load(Acquire) == 0)
     }
 
-    /// Bits in live.
-    pub fn live_count(&self) -> u64 {
-        count(&self.live)
+    /// Bits in live. Without `leaves` a bit that is being marked right now may be missed.
+    pub fn live_count(&self, leaves: bool) -> u64 {
+        let bit = |group| {
+            let (word, bit) = summary_of((group * GROUP_WORDS) as usize);
+            leaves || self.summary[word].load(Relaxed) & bit != 0
+        };
+        let marked = (0..groups(self.blocks)).filter(|group| bit(*group));
+        marked.map(|group| count(&self.live[self.leaves_of(group)])).sum()
     }
 
     /// Bits in taken.
     pub fn taken_count(&self) -> u64 {
-        count(&self.taken)
+        self.noted().map(|group| count(&self.taken[self.leaves_of(group)])).sum()
     }
 
     /// Whether a block of the run is live or taken.

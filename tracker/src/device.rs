@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 mod mounts;
 
 pub use mounts::Mount;
+#[doc(hidden)]
+pub use mounts::{Line as MountLine, parse as parse_mount_line};
 
 /// Unit of sizes and starts in sysfs, whatever the device's block size.
 const SECTOR_BYTES: u64 = 512;
@@ -106,6 +108,11 @@ impl Device {
     /// Whether it is a partition of its disk.
     pub fn is_partition(&self) -> bool {
         (self.major, self.minor) != (self.disk.0, self.disk.1)
+    }
+
+    /// Its own folder in sysfs.
+    pub(crate) fn sysfs(&self) -> PathBuf {
+        sysfs_of(self.major, self.minor)
     }
 
     /// The folder of its whole disk in sysfs.

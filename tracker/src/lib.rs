@@ -1,6 +1,7 @@
 //! Follows every write to a block device; knows nothing of networks.
 //!
 //! [`marks`] holds the bitmaps and the cut that stands; [`ebpf`] marks from beside the write path;
+//! [`grow`] follows a volume that becomes larger;
 //! [`freeze`] holds file systems still for a cut; [`device`] says which device it is.
 
 #[doc(hidden)]
@@ -8,7 +9,10 @@ pub mod bitmap;
 pub mod device;
 pub mod ebpf;
 pub mod freeze;
-mod header;
+#[doc(hidden)]
+pub mod grow;
+#[doc(hidden)]
+pub mod header;
 pub mod marks;
 #[doc(hidden)]
 pub mod sync;

@@ -172,9 +172,9 @@ impl<W: Word> Marks<W> {
         self.bitmaps.live_is_clear()
     }
 
-    /// Blocks in the live bitmap.
+    /// Blocks in the live bitmap; one that is being marked right now may be missed.
     pub fn live_count(&self) -> u64 {
-        self.bitmaps.live_count()
+        self.bitmaps.live_count(self.leaves_first.load(Relaxed))
     }
 
     /// Blocks in the taken bitmap.
@@ -210,6 +210,10 @@ impl<W: Word> Marks<W> {
             // them, and nothing was taken after that was written.
             State::Committed => self.bitmaps.clear_taken(),
         }
+    }
+
+    pub(crate) fn bitmaps(&self) -> &Bitmaps<W> {
+        &self.bitmaps
     }
 
     pub(crate) fn header(&self) -> Header<'_, W> {

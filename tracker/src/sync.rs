@@ -38,21 +38,35 @@ impl Word for AtomicU64 {
     }
 }
 
+/// Loom takes sequentially consistent accesses for acquire and release, and knows only such fences:
+/// a fence beside the access says the same.
 #[cfg(feature = "loom")]
 impl Word for loom::sync::atomic::AtomicU64 {
     fn load(&self, order: Ordering) -> u64 {
+        fence_if(order);
         loom::sync::atomic::AtomicU64::load(self, order)
     }
     fn store(&self, value: u64, order: Ordering) {
         loom::sync::atomic::AtomicU64::store(self, value, order)
     }
     fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
-        loom::sync::atomic::AtomicU64::fetch_or(self, bits, order)
+        let before = loom::sync::atomic::AtomicU64::fetch_or(self, bits, order);
+        fence_if(order);
+        before
     }
     fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
-        loom::sync::atomic::AtomicU64::fetch_and(self, bits, order)
+        let before = loom::sync::atomic::AtomicU64::fetch_and(self, bits, order);
+        fence_if(order);
+        before
     }
     fn fence(order: Ordering) {
         loom::sync::atomic::fence(order)
+    }
+}
+
+#[cfg(feature = "loom")]
+fn fence_if(order: Ordering) {
+    if order == Ordering::SeqCst {
+        loom::sync::atomic::fence(order);
     }
 }

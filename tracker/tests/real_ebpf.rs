@@ -5,9 +5,10 @@
 
 mod real;
 
+use aya::maps::{Array, Map, MapData};
 use real::{Copier, Loop, Pins, conclude, folder, write_randomly};
 use secondsite_tracker::device::Device;
-use secondsite_tracker::ebpf::{Audit, Ebpf, Options, Start};
+use secondsite_tracker::ebpf::{Audit, Ebpf, NewerPins, Options, Start};
 use secondsite_tracker::marks::BlockRun;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -117,6 +118,92 @@ fn a_bio_based_device_is_followed() {
     let size = format!("/sys/block/zram{}/disksize", zram.0);
     std::fs::write(size, DISK_BYTES.to_string()).unwrap();
     follow("zram", Path::new(&format!("/dev/zram{}", zram.0)), false);
+}
+
+/// Names of the pins, and the words of the header.
+fn pinned(dir: &Path) -> (Vec<String>, Vec<u64>) {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    let header = header(dir);
+    (names, (0..header.len()).map(|word| header.get(&word, 0).unwrap()).collect())
+}
+
+fn header(dir: &Path) -> Array<MapData, u64> {
+    let map = MapData::from_pin(dir.join("header")).unwrap();
+    Array::try_from(Map::from_map_data(map).unwrap()).unwrap()
+}
+
+/// What a newer version pinned is neither adopted nor removed, and goes on marking.
+#[test]
+fn newer_pins_are_left_alone() {
+    let folder = folder();
+    let disk = Loop::sized(folder.path(), DISK_BYTES);
+    let pins = Pins::new("newer");
+    let (ebpf, _) = attach(&disk.path, &pins);
+    ebpf.marks().set_compare_due(false);
+    drop(ebpf);
+    let ours = u64::from_le_bytes(*b"SSMARK\x01\0");
+    let newer = u64::from_le_bytes(*b"SSMARK\x02\0");
+    assert_eq!(header(&pins.0).get(&0, 0).unwrap(), ours);
+    header(&pins.0).set(0, newer, 0).unwrap();
+    let before = pinned(&pins.0);
+    let expected = [
+        "counters",
+        "header",
+        "link_bio0",
+        "link_bio1",
+        "link_queue0",
+        "link_queue1",
+        "link_request0",
+        "link_request1",
+        "live",
+        "prog_bio0",
+        "prog_bio1",
+        "prog_queue0",
+        "prog_queue1",
+        "prog_request0",
+        "prog_request1",
+        "summary",
+        "taken",
+    ];
+    assert_eq!(before.0, expected, "the names of the pins are part of their layout");
+
+    let device = Device::open(&disk.path).unwrap();
+    let error = Ebpf::attach(&device, real::BLOCK as u32, &pins.0).err().unwrap().to_string();
+    let remedy = format!("rm -r {}", pins.0.display());
+    for part in ["newer Secondsite", "version 2", "up to 1", &remedy] {
+        assert!(error.contains(part), "no {part:?} in: {error}");
+    }
+    let error = Ebpf::remove_pins(&pins.0).unwrap_err();
+    let typed = error.get_ref().and_then(|error| error.downcast_ref::<NewerPins>()).unwrap();
+    assert_eq!((typed.found, typed.known), (2, 1));
+    assert_eq!(pinned(&pins.0), before, "newer pins were changed");
+
+    // The newer version comes back and finds everything, also what was written meanwhile.
+    header(&pins.0).set(0, ours, 0).unwrap();
+    let whole = real::open_direct(&disk.path, true);
+    whole.write_all_at(real::Aligned::new(4096).slice(4096), 8192).unwrap();
+    let (ebpf, start) = attach(&disk.path, &pins);
+    assert_eq!(start, Start::Adopted);
+    assert!(!ebpf.marks().compare_due());
+    assert!(ebpf.marks().holds(BlockRun { first: 2, count: 1 }));
+
+    // A state that no version wrote is not adopted either.
+    drop(ebpf);
+    for slot in [8 + 3, 16 + 3] {
+        header(&pins.0).set(slot, 4, 0).unwrap();
+    }
+    let (ebpf, start) = attach(&disk.path, &pins);
+    assert_eq!(start, Start::Fresh);
+    ebpf.detach().unwrap();
+    // The remedy, as it is typed.
+    let (ebpf, _) = attach(&disk.path, &pins);
+    drop(ebpf);
+    header(&pins.0).set(0, newer, 0).unwrap();
+    real::run("rm", &["-r", pins.0.to_str().unwrap()]);
+    assert!(!pins.0.exists());
 }
 
 #[test]

@@ -53,6 +53,7 @@ pub(super) async fn inventory(
     enrol::check_inventory(&inventory)?;
     let mut tx = deployment.store.begin().await?;
     servers::set_inventory(&mut tx, &id, &inventory).await?;
+    servers::grow_volumes(&mut tx, &id, &inventory).await?;
     tx.commit().await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -55,7 +55,7 @@ pub(super) async fn enrol(
     audit(&mut tx, now, &role.to_string(), &format!("joined as {}", request.name)).await?;
     tx.commit().await?;
     deployment.assigned.raise();
-    tracing::info!("{} joined as {id}", request.name);
+    tracing::info!(server = id, name = request.name, "joined");
     Ok(reply(&deployment, id, request.name, issued))
 }
 

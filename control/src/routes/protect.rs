@@ -106,7 +106,8 @@ fn refuse_revoked(server: &Server) -> Result<()> {
     }
 }
 
-/// The volume that a device becomes: the one that it was before, if replica and device still fit.
+/// The volume that a device becomes: the one that it was before, if replica and device still fit
+/// (a replica grows with its device, but never shrinks).
 async fn take_up(
     db: &mut SqliteConnection,
     server: &Server,
@@ -117,7 +118,7 @@ async fn take_up(
     let device = &chosen.device;
     let before = known.iter().find(|volume| volume.name == device.name);
     let id = match before {
-        Some(volume) if volume.size_bytes() == device.size_bytes => {
+        Some(volume) if volume.size_bytes() <= device.size_bytes => {
             let replica = volume.block_bytes();
             if request.block_bytes.is_some_and(|wished| wished != replica) {
                 let message =

@@ -2,16 +2,18 @@
 
 use crate::api::{
     AgentAssignment, SCHEMA_VERSION, ServerStatus, Status, TargetAssignment, TargetServer,
-    TargetVolume, VolumeAssignment,
+    TargetVolume, VolumeAssignment, Warning,
 };
 use crate::certificate::Role;
+use crate::codes::Reason;
 use crate::deployment::{Deployment, Reports};
+use crate::observed::{ServerRow, Snapshot};
 use crate::problem::{Refused, Result};
 use crate::status::{self, AWAY_SECONDS, Known, KnownVolume, duration, seconds_since};
 use crate::store::access::{self, Newest};
 use crate::store::servers::{Server, Volume, VolumeState};
 use crate::store::targets::Target;
-use crate::store::{servers, targets};
+use crate::store::{self, servers, targets};
 use jiff::Timestamp;
 use sqlx::sqlite::SqliteConnection;
 
@@ -92,17 +94,20 @@ pub(super) async fn status(deployment: &Deployment, name: Option<&str>) -> Resul
     let volumes = servers::all_volumes(&mut tx).await?;
     let targets = targets::all(&mut tx).await?;
     let certificates = access::newest_certificates(&mut tx).await?;
+    let decided = store::decided(&mut tx).await?;
     let everybody = match name {
         Some(_) => servers::all(&mut tx).await?,
         None => rows.clone(),
     };
     drop(tx);
     let reports = deployment.reports();
-    let mut warnings: Vec<String> =
+    let mut warnings: Vec<Warning> =
         targets.iter().filter_map(|target| target_warning(target, &reports, now)).collect();
     let ending = certificates.iter().filter_map(|row| certificate_warning(row, &everybody, now));
     warnings.extend(ending);
-    let servers = rows.iter().map(|row| server_status(row, &volumes, &reports, now)).collect();
+    let row =
+        |row: &Server| server_status(row, &volumes, &reports, decided.get(&row.name).copied(), now);
+    let servers = rows.iter().map(row).collect();
     Ok(Status { schema_version: SCHEMA_VERSION, servers, warnings })
 }
 
@@ -110,6 +115,7 @@ fn server_status(
     server: &Server,
     volumes: &[Volume],
     reports: &Reports,
+    decided: Option<Timestamp>,
     now: Timestamp,
 ) -> ServerStatus {
     let agent = reports.agents.get(&server.id);
@@ -122,6 +128,7 @@ fn server_status(
         size_bytes: volume.size_bytes(),
         protected: volume.state == VolumeState::Protected,
         agent: agent.and_then(|heard| heard.report.volumes.iter().find(|row| row.id == volume.id)),
+        since: reports.phase_since(&volume.id),
         target: targets().flat_map(|report| &report.volumes).find(|row| row.id == volume.id),
     });
     let points = targets().flat_map(|report| &report.points);
@@ -131,6 +138,8 @@ fn server_status(
         goal_seconds: server.goal_s.cast_unsigned(),
         certificate_ends: Timestamp::from_second(server.certificate_ends_s)
             .unwrap_or(Timestamp::MIN),
+        decided,
+        speed: reports.speed(&server.id),
         volumes: volumes.collect(),
         agent: agent.map(|heard| (&heard.report, heard.at)),
         points: points.filter(|point| point.server == server.id).collect(),
@@ -138,24 +147,71 @@ fn server_status(
     status::server_status(&known, now)
 }
 
-fn target_warning(target: &Target, reports: &Reports, now: Timestamp) -> Option<String> {
-    let name = &target.name;
-    let Some(heard) = reports.targets.get(&target.id) else {
-        return Some(format!(
-            "target {name} has not reported yet. On its host: systemctl status secondsite-target"
-        ));
+/// What metrics show.
+pub(crate) async fn snapshot(deployment: &Deployment) -> Result<Snapshot> {
+    let status = status(deployment, None).await?;
+    let mut tx = deployment.store.begin().await?;
+    let rows = servers::all(&mut tx).await?;
+    let targets = targets::all(&mut tx).await?;
+    let certificates = access::newest_certificates(&mut tx).await?;
+    drop(tx);
+    let reports = deployment.reports();
+    let named = |id: &str| rows.iter().find(|row| row.id == id).map(|row| row.name.clone());
+    let server = |server: ServerStatus| {
+        let id = rows.iter().find(|row| row.name == server.name).map(|row| row.id.as_str());
+        let points = reports.targets.values().flat_map(|heard| &heard.report.points);
+        let exact = points
+            .filter(|point| Some(point.server.as_str()) == id && point.consistency != "fuzzy");
+        ServerRow {
+            newest_exact_ns: exact.map(|point| point.time_ns).max(),
+            heard: id.and_then(|id| reports.agents.get(id)).map(|heard| heard.at),
+            name: server.name,
+            state: server.state,
+            goal_seconds: server.goal_seconds,
+            backlog_bytes: server.backlog_bytes,
+        }
     };
-    let silent = seconds_since(heard.at, now);
-    (silent > AWAY_SECONDS).then(|| {
-        format!(
-            "target {name} was not heard for {}: points and loss are as of then. On its host: \
-             systemctl status secondsite-target",
-            duration(silent)
-        )
+    let target =
+        |row: &Target| (row.name.clone(), reports.targets.get(&row.id).map(|heard| heard.at));
+    let certificate = |row: &Newest| {
+        let ends = Timestamp::from_second(row.ends_s).ok()?;
+        let (role, name) = match row.role.parse::<Role>().ok()? {
+            Role::Agent(id) => ("agent", named(&id)?),
+            Role::Target(id) => {
+                ("target", targets.iter().find(|row| row.id == id).map(|row| row.name.clone())?)
+            }
+            Role::Operator(name) => ("operator", name),
+            Role::Control => ("control", "control".to_owned()),
+        };
+        Some((role.to_owned(), name, ends))
+    };
+    Ok(Snapshot {
+        servers: status.servers.into_iter().map(server).collect(),
+        targets: targets.iter().map(target).collect(),
+        certificates: certificates.iter().filter_map(certificate).collect(),
     })
 }
 
-fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Option<String> {
+fn target_warning(target: &Target, reports: &Reports, now: Timestamp) -> Option<Warning> {
+    let name = &target.name;
+    let Some(heard) = reports.targets.get(&target.id) else {
+        let text = format!(
+            "target {name} has not reported yet. On its host: systemctl status secondsite-target"
+        );
+        return Some(Warning { code: Reason::TargetNotStarted, text });
+    };
+    let silent = seconds_since(heard.at, now);
+    (silent > AWAY_SECONDS).then(|| Warning {
+        code: Reason::TargetSilent,
+        text: format!(
+            "target {name} was not heard for {}: points and loss are as of then. On its host: \
+             systemctl status secondsite-target",
+            duration(silent)
+        ),
+    })
+}
+
+fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Option<Warning> {
     let left = row.ends_s - now.as_second();
     if left > (row.ends_s - row.begins_s) / WARN_SHARE {
         return None;
@@ -166,7 +222,7 @@ fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Opti
             let name = &servers.iter().find(|server| server.id == id)?.name;
             (
                 format!("server {name}"),
-                "systemctl status secondsite-replicate, on the server",
+                "systemctl status secondsite-agent, on the server",
                 "secondsite token; then on the server: secondsite join, with the same name",
             )
         }
@@ -180,10 +236,16 @@ fn certificate_warning(row: &Newest, servers: &[Server], now: Timestamp) -> Opti
         }
     };
     Some(match left > 0 {
-        true => format!(
-            "the certificate of {holder} ends in {} and was not renewed. Type: {remedy}",
-            duration(left as f64)
-        ),
-        false => format!("the certificate of {holder} has ended. Type: {ended}"),
+        true => Warning {
+            code: Reason::CertificateEnding,
+            text: format!(
+                "the certificate of {holder} ends in {} and was not renewed. Type: {remedy}",
+                duration(left as f64)
+            ),
+        },
+        false => Warning {
+            code: Reason::CertificateEnded,
+            text: format!("the certificate of {holder} has ended. Type: {ended}"),
+        },
     })
 }

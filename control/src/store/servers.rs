@@ -223,8 +223,8 @@ pub(crate) async fn put_volume(db: &mut SqliteConnection, volume: &Volume) -> Re
         "INSERT INTO volumes (id, server, name, path, size_bytes, tracker, block_bytes, excluded,
                               state)
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-         ON CONFLICT (id) DO UPDATE SET path = excluded.path, tracker = excluded.tracker,
-             excluded = excluded.excluded, state = excluded.state",
+         ON CONFLICT (id) DO UPDATE SET path = excluded.path, size_bytes = excluded.size_bytes,
+             tracker = excluded.tracker, excluded = excluded.excluded, state = excluded.state",
     )
     .bind(&volume.id)
     .bind(&volume.server)
@@ -237,6 +237,27 @@ pub(crate) async fn put_volume(db: &mut SqliteConnection, volume: &Volume) -> Re
     .bind(volume.state)
     .execute(db)
     .await?;
+    Ok(())
+}
+
+/// Remembers that protected volumes have grown. No assignment changes by it: agents follow a device
+/// as far as it goes, targets what their agents have committed.
+pub(crate) async fn grow_volumes(
+    db: &mut SqliteConnection,
+    server: &str,
+    inventory: &[InventoryDevice],
+) -> Result<()> {
+    for device in inventory {
+        sqlx::query(
+            "UPDATE volumes SET size_bytes = $3
+             WHERE server = $1 AND path = $2 AND state = 'protected' AND size_bytes < $3",
+        )
+        .bind(server)
+        .bind(&device.path)
+        .bind(i64::try_from(device.size_bytes).unwrap_or(i64::MAX))
+        .execute(&mut *db)
+        .await?;
+    }
     Ok(())
 }
 

@@ -32,7 +32,7 @@ async fn a_machine_joins_with_a_token_once() {
     site.start().await;
     let error = site.enrol(&token, "db2").await.err().unwrap();
     assert!(error.to_string().contains("used already"), "{error}");
-    assert_eq!(site.operator().status().await.unwrap().servers[0].state, "joined");
+    assert_eq!(site.operator().status().await.unwrap().servers[0].state.code(), "joined");
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn a_revoked_server_is_out_at_once() {
     assert!(error.to_string().contains("revoked"), "{error}");
     let after = site.target().target_poll(before.version, 0).await.unwrap().assignment.unwrap();
     assert!(!after.servers[0].active && after.servers[0].volumes.len() == 1);
-    assert_eq!(operator.server_status("db1").await.unwrap().servers[0].state, "stopped");
+    assert_eq!(operator.server_status("db1").await.unwrap().servers[0].state.code(), "stopped");
 }
 
 /// What a browser gets: no certificate, any host name.

@@ -4,6 +4,7 @@ use crate::site::{Joined, Site, agent_report, protect, target_report};
 use secondsite_control::api::{
     OrderKind, OrderResult, OrderState, ProtectRequest, TrackerChoice, VolumePhase,
 };
+use secondsite_control::codes::{Reason, State};
 use std::time::Duration;
 
 const POINT: &str = "0123456789abcdef0123456789abcdef";
@@ -15,7 +16,7 @@ async fn joined() -> (Site, Joined) {
 }
 
 async fn state(site: &Site) -> String {
-    site.operator().server_status("db1").await.unwrap().servers[0].state.clone()
+    site.operator().server_status("db1").await.unwrap().servers[0].state.words().to_owned()
 }
 
 #[tokio::test]
@@ -208,27 +209,89 @@ async fn status_follows_the_reports() {
     let report = |phase| agent_report(&[volume], phase);
     db1.client.agent_report(&report(VolumePhase::FirstCopy)).await.unwrap();
     assert_eq!(state(&site).await, "first copy");
-    assert!(operator.status().await.unwrap().warnings[0].contains("has not reported yet"));
+    assert!(operator.status().await.unwrap().warnings[0].text.contains("has not reported yet"));
     let point = [(POINT, jiff::Timestamp::now())];
     site.target().target_report(&target_report(&db1.reply.id, volume, &point)).await.unwrap();
     db1.client.agent_report(&report(VolumePhase::Following)).await.unwrap();
     let status = operator.status().await.unwrap();
     assert!(status.warnings.is_empty(), "{:?}", status.warnings);
     let server = &status.servers[0];
-    assert_eq!((server.state.as_str(), server.reason.as_str()), ("protected", ""));
+    assert_eq!((server.state.code(), server.reason.as_str()), ("protected", ""));
     assert!(server.loss_seconds.unwrap() < 20.0);
     assert_eq!(server.volumes[0].replica.as_deref(), Some("/srv/secondsite/replica"));
     assert_eq!((server.volumes[0].epoch, server.volumes[0].promoted_epoch), (Some(5), Some(5)));
     site.clock.advance(Duration::from_secs(31));
     db1.client.agent_report(&report(VolumePhase::Following)).await.unwrap();
     assert_eq!(state(&site).await, "behind");
-    assert!(operator.status().await.unwrap().warnings[0].contains("was not heard for"));
+    assert!(operator.status().await.unwrap().warnings[0].text.contains("was not heard for"));
     site.clock.advance(Duration::from_secs(16));
     assert_eq!(state(&site).await, "away");
     // A restart remembers the last saved report.
     site.stop().await;
     site.start().await;
     assert_eq!(state(&site).await, "away");
+}
+
+#[tokio::test]
+async fn codes_since_speed_and_percent() {
+    let (site, db1) = joined().await;
+    let operator = site.operator();
+    let server =
+        async || operator.server_status("db1").await.unwrap().servers.into_iter().next().unwrap();
+    let at = |since: &Option<String>| since.as_ref().unwrap().parse::<jiff::Timestamp>().unwrap();
+    let new = server().await;
+    assert_eq!((new.state, new.code), (State::Joined, Some(Reason::NothingProtected)));
+    let joined = at(&new.since);
+    operator.protect("db1", &protect(&["sda", "loop3"])).await.unwrap();
+    let waiting = server().await;
+    assert_eq!((waiting.state, waiting.code), (State::Waiting, Some(Reason::AgentNotStarted)));
+    assert!(at(&waiting.since) > joined, "since it was protected");
+    let assignment = db1.client.agent_poll(0, 0, 0).await.unwrap().assignment.unwrap();
+    let ids: Vec<&str> = assignment.volumes.iter().map(|volume| volume.id.as_str()).collect();
+    let copying = async |first: u64, second: Option<u64>, sent: u64| {
+        let mut report = agent_report(&ids, VolumePhase::FirstCopy);
+        report.volumes[0].progress_bytes = Some((first, 1 << 30));
+        report.volumes[1].progress_bytes = second.map(|done| (done, 1 << 30));
+        if second.is_none() {
+            report.volumes[1].phase = VolumePhase::Following;
+        }
+        report.volumes[0].sent_bytes = sent;
+        db1.client.agent_report(&report).await.unwrap();
+        server().await
+    };
+    let row = copying(0, Some(0), 0).await;
+    assert_eq!((row.state, row.code), (State::FirstCopy, Some(Reason::FirstCopyRunning)));
+    assert_eq!(
+        (row.percent, row.left_seconds, row.sending_bytes_per_second),
+        (Some(0), None, None)
+    );
+    let since = at(&row.since);
+    site.clock.advance(Duration::from_secs(10));
+    let row = copying(1 << 27, Some(1 << 29), 5 << 20).await;
+    assert_eq!((row.percent, at(&row.since)), (Some(31), since));
+    let (left, speed) = (row.left_seconds.unwrap(), row.sending_bytes_per_second.unwrap());
+    assert!((20.0..23.0).contains(&left), "{left}");
+    assert!((480_000.0..530_000.0).contains(&speed), "{speed}");
+    // One is through: the whole does not fall.
+    let row = copying(1 << 27, None, 6 << 20).await;
+    assert_eq!(row.percent, Some(56));
+    let row = copying((1 << 30) - 1, None, 6 << 20).await;
+    assert_eq!(row.percent, Some(99), "full only when it is");
+    site.clock.advance(Duration::from_secs(3));
+    let mut report = agent_report(&ids, VolumePhase::Connecting);
+    report.volumes[1].code = Some(Reason::TargetFull);
+    report.volumes[1].reason = "no space left".to_owned();
+    db1.client.agent_report(&report).await.unwrap();
+    let row = server().await;
+    assert_eq!(
+        (row.state, row.code, row.percent),
+        (State::Waiting, Some(Reason::TargetFull), None)
+    );
+    assert!(at(&row.since) > since);
+    site.clock.advance(Duration::from_secs(16));
+    let row = server().await;
+    assert_eq!((row.state, row.code), (State::Away, Some(Reason::AgentSilent)));
+    assert_eq!(row.sending_bytes_per_second, None, "of then, not of now");
 }
 
 #[tokio::test]

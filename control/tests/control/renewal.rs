@@ -42,7 +42,8 @@ async fn an_end_is_told_before_and_after() {
     let db1 = site.enrol(&site.setup.token, "db1").await.unwrap();
     site.clock.advance(CERTIFICATE_LIFE_MAX / 4 * 3);
     renew(&site, &site.config.pki_dir, OPERATOR).await;
-    let warnings = site.operator().status().await.unwrap().warnings.join("\n");
+    let warnings = site.operator().status().await.unwrap().warnings;
+    let warnings = warnings.into_iter().map(|warning| warning.text).collect::<Vec<_>>().join("\n");
     assert!(warnings.contains("the certificate of server db1 ends in 7 d"), "{warnings}");
     assert!(!warnings.contains("operator"), "{warnings}");
     site.clock.advance(CERTIFICATE_LIFE_MAX / 4);

@@ -39,6 +39,16 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    /// A version: only `known` is read. A higher one was written by a newer Secondsite, a lower
+    /// one by nobody.
+    pub(crate) fn version(&mut self, what: &'static str, known: u16) -> Result<(), FormatError> {
+        match self.u16()? {
+            found if found > known => Err(FormatError::Newer { what, found, known }),
+            found if found < known => Err(FormatError::Inconsistent { what, why: "its version" }),
+            _ => Ok(()),
+        }
+    }
+
     /// A count that must not exceed `limit`.
     pub(crate) fn count(&mut self, what: &'static str, limit: usize) -> Result<usize, FormatError> {
         let found = self.u32()?;

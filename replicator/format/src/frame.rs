@@ -146,10 +146,7 @@ impl RawHeader {
         if magic != MAGIC {
             return Err(FormatError::Magic { found: magic });
         }
-        let version = r.u16()?;
-        if version != VERSION {
-            return Err(FormatError::Version { what: "frame", found: version, known: VERSION });
-        }
+        r.version("frame", VERSION)?;
         let [kind, flags] = r.array()?;
         let kind = FrameKind::from_byte(kind)?;
         if flags != 0 {

@@ -42,7 +42,8 @@ macro_rules! random_id {
         impl std::str::FromStr for $name {
             type Err = BadId;
             fn from_str(text: &str) -> Result<Self, BadId> {
-                if text.len() != 32 || !text.is_ascii() {
+                // Digits one by one: a number may begin with a sign, an id may not.
+                if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
                     return Err(BadId);
                 }
                 let mut bytes = [0; 16];

@@ -41,13 +41,21 @@ pub enum FormatError {
     },
     /// Written by a newer Secondsite.
     #[error("{what} has version {found}, this Secondsite reads up to {known}: upgrade this side")]
-    Version {
+    Newer {
         /// What carries the version.
         what: &'static str,
         /// The version found.
         found: u16,
         /// The newest version known here.
         known: u16,
+    },
+    /// The peer speaks another version of the conversation.
+    #[error("the peer speaks protocol {found}, this side {known}: upgrade the older side")]
+    Protocol {
+        /// The peer's.
+        found: u32,
+        /// Ours.
+        known: u32,
     },
     /// An unknown kind of frame or extent.
     #[error("unknown {what} {found}")]

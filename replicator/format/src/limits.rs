@@ -17,6 +17,8 @@ pub const MEMBERS_MAX: usize = 256;
 pub const UNREADABLE_MAX: usize = 1024;
 /// Most digests in one reply.
 pub const DIGESTS_MAX: usize = 4096;
+/// Largest volume, bytes: the two highest bits of an extent's length hold its kind.
+pub const VOLUME_BYTES_MAX: u64 = 1 << 62;
 /// Smallest and largest block, bytes (both powers of two).
 pub const BLOCK_BYTES_MIN: u32 = 4 << 10;
 /// See [`BLOCK_BYTES_MIN`].

@@ -122,10 +122,7 @@ impl Manifest {
         if r.array::<4>()? != *b"SSM1" {
             return wrong("not a manifest");
         }
-        let version = r.u16()?;
-        if version != VERSION {
-            return Err(FormatError::Version { what: "manifest", found: version, known: VERSION });
-        }
+        r.version("manifest", VERSION)?;
         let [consistency, method] = r.array()?;
         let consistency = match consistency {
             0 => Consistency::Fuzzy,

@@ -4,6 +4,7 @@
 //! The source leads: it sends data frames without waiting, and requests that the target answers in
 //! order. The target never asks.
 
+use crate::bytes::Reader;
 use crate::frame::{Frame, FrameHeader, FrameKind};
 use crate::ids::{CutId, Epoch, Generation, ServerId, SyncId, VolumeId};
 use crate::{FormatError, limits};
@@ -191,6 +192,8 @@ impl RefusalCode {
 pub trait Message: Serialize + DeserializeOwned {
     /// The frame kind.
     const KIND: FrameKind;
+    /// Whether it begins with the protocol's number. Of another protocol nothing else is read.
+    const GREETS: bool = false;
 
     /// The message as a frame.
     ///
@@ -208,6 +211,12 @@ pub trait Message: Serialize + DeserializeOwned {
                 what: "frame kind (another was expected)",
                 found: frame.header.kind as u32,
             });
+        }
+        if Self::GREETS {
+            let found = Reader::new("greeting", &frame.body).u32()?;
+            if found != PROTOCOL {
+                return Err(FormatError::Protocol { found, known: PROTOCOL });
+            }
         }
         let (message, consumed) =
             bincode::serde::decode_from_slice(&frame.body, config()).map_err(|_| {
@@ -229,9 +238,11 @@ fn config() -> impl bincode::config::Config {
 
 impl Message for Hello {
     const KIND: FrameKind = FrameKind::Hello;
+    const GREETS: bool = true;
 }
 impl Message for Welcome {
     const KIND: FrameKind = FrameKind::Welcome;
+    const GREETS: bool = true;
 }
 impl Message for Request {
     const KIND: FrameKind = FrameKind::Request;

@@ -2,6 +2,7 @@
 
 use super::units::{parse_bytes, parse_seconds};
 use crate::config::DEFAULT_CONFIG_DIR;
+use crate::daemon::log::LogFormat;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use secondsite_control::api::TrackerChoice;
 use secondsite_format::limits::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN};
@@ -43,11 +44,11 @@ pub enum Command {
     /// Make this host the second site: authority, control, target, store
     Setup(SetupArgs),
     /// Run the control server in the foreground
-    Control,
+    Control(LogArgs),
     /// Run the target in the foreground
-    Target,
+    Target(LogArgs),
     /// Run the agent in the foreground
-    Replicate,
+    Replicate(LogArgs),
     /// Make a one-time token for a machine that is to join
     Token(TokenArgs),
     /// Make this server known to control; nothing is replicated yet
@@ -64,6 +65,31 @@ pub enum Command {
     Cut(CutArgs),
     /// Compare a server with its newest recovery point
     Verify(ServerArgs),
+    /// What a state or a reason means, what still works, and what to type
+    Explain(ExplainArgs),
+    /// One server for Nagios: exit code 0 ok, 1 warning, 2 critical, 3 unknown
+    Check(CheckArgs),
+    /// Check this host for all that is needed; changes nothing
+    Doctor,
+    /// The configuration files
+    Config(ConfigArgs),
+    /// Make what packages ship besides the binary
+    #[command(hide = true)]
+    Generate(GenerateArgs),
+}
+
+/// Options of the daemons.
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    /// Form of the log; SECONDSITE_LOG chooses what is logged
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "SECONDSITE_LOG_FORMAT",
+        value_enum,
+        default_value = "auto"
+    )]
+    pub log_format: LogFormat,
 }
 
 /// `setup`.
@@ -120,6 +146,9 @@ pub struct JoinArgs {
     /// Name of this server [default: its host name]
     #[arg(long, value_parser = server_name)]
     pub name: Option<String>,
+    /// Join only, start nothing
+    #[arg(long)]
+    pub no_start: bool,
     /// Show what would be reported, join nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -149,6 +178,9 @@ pub struct ProtectArgs {
     /// Replicate swap partitions too
     #[arg(long)]
     pub include_swap: bool,
+    /// Wait until the server is protected, and show how far it is
+    #[arg(long, conflicts_with = "dry_run")]
+    pub wait: bool,
     /// Show the plan, change nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -199,9 +231,86 @@ pub struct StatusArgs {
     /// Name of a server; all without one
     #[arg(value_parser = server_name)]
     pub server: Option<String>,
-    /// Go on until interrupted
+    /// Go on until interrupted: redraws a terminal, else prints a block for every change
     #[arg(long)]
     pub watch: bool,
+    /// Go on until interrupted, without redrawing; with --json one document a line
+    #[arg(long)]
+    pub follow: bool,
+}
+
+/// `explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// A server, or a code that status showed; without it all that needs attention
+    #[arg(value_name = "SERVER|CODE", value_parser = server_name)]
+    pub what: Option<String>,
+    /// One volume of the server, by name or path
+    pub volume: Option<String>,
+    /// List all codes
+    #[arg(long, conflicts_with = "what")]
+    pub list: bool,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// Loss above which it is a warning [default: the goal]
+    #[arg(long, value_name = "TIME", value_parser = goal)]
+    pub warning: Option<u64>,
+    /// Loss above which it is critical [default: twice the goal]
+    #[arg(long, value_name = "TIME", value_parser = goal)]
+    pub critical: Option<u64>,
+}
+
+/// `config`.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// What to do with them.
+    #[command(subcommand)]
+    pub action: ConfigAction,
+}
+
+/// What can be done with the configuration files.
+#[derive(Debug, Subcommand)]
+pub enum ConfigAction {
+    /// Check every file and drop-in: unknown keys, bad values, what is missing
+    Check(ConfigCheckArgs),
+}
+
+/// `config check`.
+#[derive(Debug, Args)]
+pub struct ConfigCheckArgs {
+    /// Print every value that counts, and the file it comes from
+    #[arg(long)]
+    pub show: bool,
+}
+
+/// `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Completions for a shell on stdout, or man pages
+    #[arg(value_enum)]
+    pub what: Generated,
+    /// Folder of the man pages
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+}
+
+/// What can be generated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Generated {
+    /// Completions.
+    Bash,
+    /// Completions.
+    Zsh,
+    /// Completions.
+    Fish,
+    /// Man pages.
+    Man,
 }
 
 /// A command about one server.

@@ -82,9 +82,10 @@ impl Failure {
         let exit =
             if error.kind() == ErrorKind::PermissionDenied { Exit::Permission } else { Exit::Io };
         let failure = Self::new(exit, format!("{what} {}: {error}", path.display()));
-        match exit {
-            Exit::Permission => failure.hint("run as root"),
-            _ => failure,
+        match (exit, error.kind()) {
+            (Exit::Permission, _) => failure.hint("run as root"),
+            (_, ErrorKind::StorageFull) => failure.hint(format!("df -h {}", path.display())),
+            _ => failure.hint(format!("ls -ld {}", path.parent().unwrap_or(path).display())),
         }
     }
 

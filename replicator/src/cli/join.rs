@@ -4,6 +4,7 @@
 
 use super::args::JoinArgs;
 use super::failure::{Exit, Failure};
+use super::services::{self, AGENT_SERVICE};
 use super::{Context, operator, output, units};
 use crate::config::Paths;
 use crate::daemon::agent_side::{ASSIGNMENT, ENROLMENT, Enrolment, ORDERS};
@@ -25,7 +26,13 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     let token = token(&args.token)?;
     let name = args.name.clone().map_or_else(host_name, Ok)?;
     let devices = inventory::take(&[]).map_err(|error| {
-        Failure::new(Exit::Unavailable, error.to_string()).hint("apt install util-linux")
+        let hint = match error {
+            inventory::InventoryError::Stalled(_) => {
+                "lsblk   (hangs until the device answers or is removed)"
+            }
+            _ => "apt install util-linux",
+        };
+        Failure::new(Exit::Unavailable, error.to_string()).hint(hint)
     })?;
     if args.dry_run {
         output::talk(&format!("Would join {} as {name} and report:", args.control));
@@ -38,6 +45,14 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     }
     may_join(context, &token)?;
     let state = StateDir::open(&paths.state, AGENT)?;
+    // What a newer version wrote is not thrown away. Anything else that is wrong is replaced.
+    for document in [ENROLMENT, ASSIGNMENT, ORDERS] {
+        if let Err(failure) = state.read::<serde_json::Value>(document)
+            && failure.exit == Exit::Config
+        {
+            return Err(failure);
+        }
+    }
     let machine = machine::hex(&machine::digest());
     let mut enrolment = Enrolment { machine: machine.clone(), offered: Vec::new() };
     enrolment.offer(&devices);
@@ -89,12 +104,7 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
         "fingerprint": fingerprint,
     });
     show(context, &document, &devices);
-    let start = if paths.is_default() && super::setup::systemd_runs() {
-        "systemctl enable --now secondsite-replicate".to_string()
-    } else {
-        context.command("replicate")
-    };
-    output::talk(&format!("Start the agent here:   {start}"));
+    services::start(context, args.no_start, &[AGENT_SERVICE]);
     output::talk(&format!(
         "Nothing is replicated yet.   On control's host: secondsite protect {} --volumes all",
         reply.name

@@ -5,13 +5,19 @@
 //! control's public API.
 
 pub mod args;
+mod check;
+mod config;
+mod doctor;
+mod explain;
 pub mod failure;
+mod generate;
 mod join;
 mod operator;
 mod orders;
 pub mod output;
 mod points;
 mod protect;
+mod services;
 mod setup;
 mod status;
 mod token;
@@ -19,7 +25,7 @@ pub mod units;
 
 use crate::config::{ConfigError, Paths};
 use crate::daemon;
-use args::{Cli, Command, Global};
+use args::{Cli, Command, ConfigAction, Global};
 use clap::Parser;
 use clap::error::ErrorKind;
 use failure::{Exit, Failure};
@@ -53,6 +59,9 @@ pub fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let context = Context::new(&cli.global);
+    if let Command::Check(args) = &cli.command {
+        return check::run(&context, args);
+    }
     match run(&context, cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -68,9 +77,9 @@ pub fn main() -> ExitCode {
 fn run(context: &Context, command: Command) -> Result<(), Failure> {
     match command {
         Command::Setup(args) => setup::run(context, &args),
-        Command::Control => daemon::control::run(&context.paths),
-        Command::Target => daemon::target::run(&context.paths),
-        Command::Replicate => daemon::replicate::run(&context.paths),
+        Command::Control(log) => daemon::control::run(&context.paths, log.log_format),
+        Command::Target(log) => daemon::target::run(&context.paths, log.log_format),
+        Command::Replicate(log) => daemon::replicate::run(&context.paths, log.log_format),
         Command::Token(args) => token::run(context, &args),
         Command::Join(args) => join::run(context, &args),
         Command::Protect(args) => protect::protect(context, &args),
@@ -79,6 +88,13 @@ fn run(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Points(args) => points::run(context, &args.server),
         Command::Cut(args) => orders::cut(context, &args),
         Command::Verify(args) => orders::verify(context, &args.server),
+        Command::Generate(args) => generate::run(&args),
+        Command::Explain(args) => explain::run(context, &args),
+        Command::Doctor => doctor::run(context),
+        Command::Config(args) => match args.action {
+            ConfigAction::Check(args) => config::check(context, &args),
+        },
+        Command::Check(_) => unreachable!("it ends by its own exit codes"),
     }
 }
 
@@ -88,8 +104,21 @@ fn usage(error: &clap::Error) -> ExitCode {
     let _ = error.print();
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+        _ if is_check(std::env::args().skip(1)) => ExitCode::from(check::UNKNOWN),
         _ => ExitCode::from(Exit::Usage as u8),
     }
+}
+
+/// Whether the command was to be `check`: Nagios knows only its four codes.
+fn is_check(arguments: impl Iterator<Item = String>) -> bool {
+    let mut before = String::new();
+    for argument in arguments {
+        if !argument.starts_with('-') && before != "--config-dir" {
+            return argument == "check";
+        }
+        before = argument;
+    }
+    false
 }
 
 impl From<ConfigError> for Failure {

@@ -93,10 +93,12 @@ fn follow(
         match operator.ask(|control| control.order_state(server, order.number, wait.as_secs()))? {
             OrderState::Done { result } => return Ok(Some(result)),
             OrderState::Failed { exit_code, message } => {
-                return Err(Failure::new(Exit::from_code(exit_code), message));
+                return Err(Failure::new(Exit::from_code(exit_code), message)
+                    .still("replication goes on where it can")
+                    .hint(format!("secondsite explain {server}")));
             }
             OrderState::Waiting => progress.at(0, "waiting for the agent"),
-            OrderState::Running { percent, note } => progress.at(percent, &note),
+            OrderState::Running { percent, note } => progress.at_with_left(percent, &note),
         }
         wait = POLL_MAX.min(progress.step());
         if let Some(deadline) = deadline {

@@ -6,12 +6,15 @@
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How often progress is told where no bar can be drawn.
 const TALK_EVERY: Duration = Duration::from_secs(10);
+/// What is left is told by the speed of this last span.
+const LEFT_WINDOW: Duration = Duration::from_secs(60);
 /// Blanks between two columns.
 const GAP: u16 = 2;
 
@@ -85,6 +88,7 @@ pub struct Progress {
     what: String,
     bar: Option<ProgressBar>,
     percent: u8,
+    left: Left,
     told: Option<Instant>,
 }
 
@@ -98,7 +102,19 @@ impl Progress {
                 ProgressStyle::with_template("{prefix} [{bar:30}] {percent:>3} %  {wide_msg}");
             bar.with_style(style.expect("the template is well formed")).with_prefix(what.clone())
         });
-        Self { what, bar, percent: 0, told: None }
+        Self { what, bar, percent: 0, left: Left::default(), told: None }
+    }
+
+    /// Another phase begins, from zero; the same one goes on.
+    pub fn begin(&mut self, what: impl Into<String>) {
+        let what = what.into();
+        if what != self.what {
+            (self.percent, self.left, self.told) = (0, Left::default(), None);
+            if let Some(bar) = &self.bar {
+                bar.set_prefix(what.clone());
+            }
+            self.what = what;
+        }
     }
 
     /// So many percent are done. It never goes back.
@@ -117,6 +133,16 @@ impl Progress {
         }
     }
 
+    /// As [`Self::at`], with the time that is left by the speed of the last minute.
+    pub fn at_with_left(&mut self, percent: u8, note: &str) {
+        let left = match self.left.after(percent, Instant::now()) {
+            _ if percent >= 100 => String::new(),
+            Some(seconds) => format!("{} left  ", super::units::span(seconds)),
+            None => "calculating  ".into(),
+        };
+        self.at(percent, &format!("{left}{note}"));
+    }
+
     /// How long a wait for news may be without the display falling behind.
     pub fn step(&self) -> Duration {
         if self.bar.is_some() { Duration::from_secs(1) } else { TALK_EVERY }
@@ -130,9 +156,58 @@ impl Progress {
     }
 }
 
+/// How long something will take, by its speed within [`LEFT_WINDOW`].
+#[derive(Default)]
+struct Left {
+    seen: VecDeque<(Instant, u8)>,
+}
+
+impl Left {
+    /// Seconds until 100 %; none before it is known.
+    fn after(&mut self, percent: u8, now: Instant) -> Option<f64> {
+        if self.seen.back().is_some_and(|(_, last)| *last > percent) {
+            self.seen.clear();
+        }
+        self.seen.push_back((now, percent));
+        // The newest sample outside the window stays: it is where the window begins.
+        while self.seen.get(1).is_some_and(|(at, _)| now - *at >= LEFT_WINDOW) {
+            self.seen.pop_front();
+        }
+        let (at, before) = self.seen.front()?;
+        let (seconds, done) = ((now - *at).as_secs_f64(), percent - before);
+        (done > 0).then(|| f64::from(100 - percent.min(100)) * seconds / f64::from(done))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::table;
+    use super::{Left, Progress, table};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn what_is_left_comes_from_the_last_minute() {
+        let (mut left, start) = (Left::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(left.after(0, at(0)), None);
+        assert_eq!(left.after(0, at(5)), None, "nothing done says nothing");
+        assert_eq!(left.after(10, at(10)), Some(90.0));
+        assert_eq!(left.after(20, at(70)), Some(80.0 * 60.0 / 10.0), "as fast as lately");
+        assert_eq!(left.after(20, at(140)), None, "and standing still is not told as a time");
+        assert_eq!(left.after(5, at(141)), None, "begun again");
+    }
+
+    #[test]
+    fn percents_only_grow_within_a_phase() {
+        let mut progress = Progress::new("cut db1");
+        for (said, shown) in [(3, 3), (2, 3), (200, 100), (50, 100)] {
+            progress.at(said, "");
+            assert_eq!(progress.percent, shown);
+        }
+        progress.begin("cut db1");
+        assert_eq!(progress.percent, 100);
+        progress.begin("compare db1");
+        assert_eq!(progress.percent, 0);
+    }
 
     #[test]
     fn columns_stand_two_blanks_apart() {

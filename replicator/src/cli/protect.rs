@@ -1,15 +1,21 @@
 //! `secondsite protect` and `unprotect`: what is replicated.
 //!
-//! Both return when control has recorded the order; the agent may be away.
+//! Both return when control has recorded the order; the agent may be away. Only `--wait` waits.
 
 use super::args::{Keep, ProtectArgs, UnprotectArgs};
 use super::failure::{Exit, Failure};
 use super::operator::Operator;
+use super::output::Progress;
 use super::{Context, output, units};
 use secondsite_control::api::{ProtectReply, ProtectRequest, SCHEMA_VERSION};
+use secondsite_control::codes::{Reason, State};
 use serde_json::json;
 use std::fmt::Write;
 use std::io::{BufRead, IsTerminal};
+use std::time::Duration;
+
+/// How often `--wait` looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failure> {
     if args.volumes.len() > 1 && args.volumes.iter().any(|volume| volume == "all") {
@@ -39,6 +45,9 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
     } else {
         output::data(&plan(&reply, args.dry_run));
     }
+    if args.wait {
+        return wait(context, &operator, &args.server);
+    }
     if args.dry_run {
         let undo = context.command(&format!("unprotect {}", args.server));
         output::talk(&format!(
@@ -52,6 +61,64 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
         ));
     }
     Ok(())
+}
+
+/// Waits until the server is protected. Interrupted, replication goes on all the same.
+fn wait(context: &Context, operator: &Operator, server: &str) -> Result<(), Failure> {
+    let mut progress = Progress::new(server);
+    let explain = context.command(&format!("explain {server}"));
+    let result = loop {
+        let asked = operator.ask(|control| control.server_status(server));
+        let status = match asked {
+            // Control may be restarted meanwhile.
+            Err(failure) if failure.exit == Exit::Unavailable => {
+                progress.at(0, &failure.message);
+                std::thread::sleep(LOOK_EVERY);
+                continue;
+            }
+            other => other?,
+        };
+        let Some(row) = status.servers.first() else { continue };
+        let failed = |exit, what: String| {
+            Failure::new(exit, what)
+                .still("what was recorded stays; it goes on by itself where it can")
+                .hint(explain.clone())
+        };
+        match row.state {
+            State::Protected => break Ok(()),
+            State::Stopped => {
+                break Err(failed(Exit::Failed, format!("{server} is stopped: {}", row.reason)));
+            }
+            State::Unprotected | State::Joined => {
+                break Err(failed(Exit::Failed, format!("{server} was unprotected meanwhile")));
+            }
+            // Points of what is only compared are never exact: this is all that there will be.
+            State::Behind
+                if row.loss_seconds.is_none()
+                    && matches!(row.code, Some(Reason::CompareAsked | Reason::CompareNoEbpf)) =>
+            {
+                output::talk(&format!("{server}: {}   {explain}", row.reason));
+                break Ok(());
+            }
+            _ => {}
+        }
+        progress.begin(format!("{server} {}", row.state.words()));
+        let left = match (row.percent, row.left_seconds) {
+            (Some(_), Some(seconds)) => format!("{} left", units::span(seconds)),
+            (Some(_), None) => "calculating".into(),
+            (None, _) => row.reason.clone(),
+        };
+        progress.at(row.percent.unwrap_or(0), &left);
+        std::thread::sleep(LOOK_EVERY);
+    };
+    progress.finish();
+    if result.is_ok() {
+        output::talk(&format!(
+            "{server} has its first recovery point.   {}",
+            context.command(&format!("points {server}"))
+        ));
+    }
+    result
 }
 
 fn plan(reply: &ProtectReply, dry_run: bool) -> String {

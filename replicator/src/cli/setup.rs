@@ -6,6 +6,7 @@
 use super::args::SetupArgs;
 use super::failure::{Exit, Failure};
 use super::operator::dialled;
+use super::services::{self, CONTROL_SERVICE, TARGET_SERVICE};
 use super::{Context, output, units};
 use crate::config::{ControlConfig, Paths, TargetConfig};
 use crate::daemon;
@@ -25,8 +26,6 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 
-/// Units of the second site.
-const UNITS: [&str; 2] = ["secondsite-control", "secondsite-target"];
 /// What a machine of the second site is started with.
 const QEMU: &str = "qemu-system-x86_64";
 
@@ -48,6 +47,7 @@ pub(super) fn run(context: &Context, args: &SetupArgs) -> Result<(), Failure> {
         None => next_port(args.listen)?,
     };
     output::talk("Checking this host");
+    services::check_way_to(&store)?;
     check_store(&store, args.dry_run)?;
     check_port(CONTROL, args.listen)?;
     check_port(TARGET, target_listen)?;
@@ -67,7 +67,9 @@ pub(super) fn run(context: &Context, args: &SetupArgs) -> Result<(), Failure> {
 
 /// Starts what can be started, and says how to go on.
 fn finish(context: &Context, args: &SetupArgs, made: &SetupReply) -> Result<(), Failure> {
-    let started = start(context, args.no_start);
+    let store = TargetConfig::load(&context.paths)?.store;
+    services::hand_over(&context.paths, &store)?;
+    let started = services::start(context, args.no_start, &[CONTROL_SERVICE, TARGET_SERVICE]);
     if context.json {
         output::document(&json!({
             "schema_version": SCHEMA_VERSION,
@@ -138,6 +140,9 @@ fn is_configured(paths: &Paths) -> Result<bool, Failure> {
 /// anew: nobody else could do that.
 fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> Result<(), Failure> {
     let paths = &context.paths;
+    if let Some(newer) = daemon::control::newer(error) {
+        return Err(newer);
+    }
     let failed = |error: anyhow::Error| Failure::new(Exit::Failed, format!("setup: {error:#}"));
     let mut renewed = Vec::new();
     for name in [OPERATOR, TARGET] {
@@ -150,6 +155,7 @@ fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> R
         reissue(&paths.pki, &db, name, config.certificate_life).map_err(failed)?;
         renewed.push(name);
     }
+    services::hand_over(paths, &TargetConfig::load(paths)?.store)?;
     if renewed.is_empty() {
         return Err(Failure::new(Exit::Config, format!("{error:#}"))
             .hint(format!("{}   for a new token", context.command("token"))));
@@ -160,38 +166,6 @@ fn repair(context: &Context, config: &ControlConfig, error: &anyhow::Error) -> R
         output::data(&format!("Renewed  certificates that had ended: {}\n", renewed.join(", ")));
     }
     Ok(())
-}
-
-/// Starts the units where systemd is init and the configuration is the system's; else says how.
-fn start(context: &Context, no_start: bool) -> bool {
-    let by_hand = |why: &str| {
-        output::talk(why);
-        output::talk(&format!("  {}", context.command(CONTROL)));
-        output::talk(&format!("  {}", context.command(TARGET)));
-        false
-    };
-    if no_start {
-        return by_hand("Not started, as asked. To start:");
-    }
-    if !systemd_runs() {
-        return by_hand("systemd does not run here: nothing was started. To start:");
-    }
-    if !context.paths.is_default() {
-        return by_hand(
-            "The units of this host use /etc/secondsite: nothing was started. To start:",
-        );
-    }
-    match Command::new("systemctl").args(["enable", "--now"]).args(UNITS).output() {
-        Ok(output) if output.status.success() => {
-            output::talk(&format!("Started  {}", UNITS.join(", ")));
-            true
-        }
-        Ok(output) => {
-            let text = String::from_utf8_lossy(&output.stderr);
-            by_hand(&format!("systemctl could not start the units: {} To start:", text.trim()))
-        }
-        Err(error) => by_hand(&format!("systemctl: {error}. To start:")),
-    }
 }
 
 fn next_port(listen: SocketAddr) -> Result<SocketAddr, Failure> {
@@ -232,6 +206,11 @@ fn check_store(store: &Path, dry_run: bool) -> Result<(), Failure> {
         talk_ok(&text);
     }
     Ok(())
+}
+
+/// The kind of file system that a folder is on.
+pub(super) fn kind_of(dir: &Path) -> nix::Result<&'static str> {
+    Ok(kind(statfs(dir)?.filesystem_type()))
 }
 
 fn kind(magic: FsType) -> &'static str {
@@ -275,11 +254,6 @@ fn qemu_version() -> Option<String> {
 
 fn talk_ok(text: &str) {
     output::talk(&format!("  ok    {text}"));
-}
-
-/// Whether systemd is init here.
-pub(super) fn systemd_runs() -> bool {
-    Path::new("/run/systemd/system").is_dir()
 }
 
 /// Writes a configuration file whole.

@@ -1,135 +1,170 @@
 //! `secondsite status`: what is protected, and how well.
 //!
-//! Rates and remaining times need two looks: they are shown with `--watch`, from the last minute.
+//! All numbers are control's; nothing is computed here but their words. Where it goes on, a terminal
+//! is redrawn, anything else gets a block for every change, and `--json --follow` a document a line.
 
 use super::args::StatusArgs;
-use super::failure::Failure;
+use super::failure::{Exit, Failure};
 use super::operator::Operator;
 use super::units::{bytes, goal, rate, span};
 use super::{Context, output};
 use secondsite_control::api::{ServerStatus, Status, VolumePhase, VolumeStatus};
-use std::collections::{HashMap, VecDeque};
+use secondsite_control::codes::State;
 use std::time::{Duration, Instant};
 
-/// How often `--watch` looks.
-const WATCH_EVERY: Duration = Duration::from_secs(1);
-/// How often `--watch` prints where it cannot draw.
-const TALK_EVERY: Duration = Duration::from_secs(10);
-/// Rates come from the last so many seconds.
-const WINDOW: Duration = Duration::from_secs(60);
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Progress alone is told this often where nothing can be drawn.
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 /// Clears the screen and goes to its first line.
 const CLEAR: &str = "\x1b[2J\x1b[H";
 
 pub(super) fn run(context: &Context, args: &StatusArgs) -> Result<(), Failure> {
     let operator = Operator::open(context)?;
-    let fetch = || match &args.server {
+    let detail = args.server.is_some();
+    let look = || match &args.server {
         Some(server) => operator.ask(|control| control.server_status(server)),
         None => operator.ask(|control| control.status()),
     };
-    let mut rates = Rates::default();
-    let detail = args.server.is_some();
-    if !args.watch {
-        let status = fetch()?;
-        if context.json {
-            output::document(&status);
-        } else {
-            show(context, &status, detail, &rates);
-        }
-        return Ok(());
+    if args.watch || args.follow {
+        return watch(context, look, detail);
     }
-    let draws = output::stdout_draws();
-    let mut shown: Option<Instant> = None;
+    let status = look()?;
+    if context.json {
+        output::document(&status);
+    } else {
+        show(context, &status, detail);
+    }
+    Ok(())
+}
+
+/// Looks until interrupted. Control may come and go meanwhile.
+fn watch(
+    context: &Context,
+    look: impl Fn() -> Result<Status, Failure>,
+    detail: bool,
+) -> Result<(), Failure> {
+    let draws = output::stdout_draws() && !context.json;
+    let mut shown = Shown::default();
     loop {
-        let status = fetch()?;
-        rates.see(&status, Instant::now());
-        if context.json {
-            output::document_line(&status);
-        } else if draws || shown.is_none_or(|at| at.elapsed() >= TALK_EVERY) {
-            shown = Some(Instant::now());
-            if draws {
-                output::data(CLEAR);
+        match look() {
+            Ok(status) if context.json => output::document_line(&status),
+            Ok(status) => {
+                if draws {
+                    output::data(CLEAR);
+                }
+                if draws || shown.is_due(&status, Instant::now()) {
+                    show(context, &status, detail);
+                }
             }
-            show(context, &status, detail, &rates);
+            Err(failure) if matches!(failure.exit, Exit::Unavailable | Exit::TryLater) => {
+                if context.json {
+                    output::document_line(&failure.json());
+                } else if draws || shown.fails(&failure.message) {
+                    output::talk(&format!("{failure}\n  it is tried again every second"));
+                }
+            }
+            Err(failure) => return Err(failure),
         }
-        std::thread::sleep(WATCH_EVERY);
+        std::thread::sleep(LOOK_EVERY);
     }
 }
 
-fn show(context: &Context, status: &Status, detail: bool, rates: &Rates) {
+/// What was printed last where nothing is redrawn.
+#[derive(Default)]
+struct Shown {
+    states: Option<String>,
+    percents: Vec<Option<u8>>,
+    at: Option<Instant>,
+}
+
+impl Shown {
+    /// A state, a reason or a warning is another; or progress was made and not told for a while.
+    fn is_due(&mut self, status: &Status, now: Instant) -> bool {
+        let row = |server: &ServerStatus| (server.name.clone(), server.state, server.code);
+        let rows: Vec<_> = status.servers.iter().map(row).collect();
+        let codes: Vec<_> = status.warnings.iter().map(|warning| warning.code).collect();
+        let states = Some(format!("{rows:?} {codes:?}"));
+        let percents: Vec<_> = status.servers.iter().map(|server| server.percent).collect();
+        let long_ago = self.at.is_none_or(|at| now - at >= PROGRESS_EVERY);
+        let due = states != self.states || (percents != self.percents && long_ago);
+        if due {
+            *self = Self { states, percents, at: Some(now) };
+        }
+        due
+    }
+
+    /// A failure is told once.
+    fn fails(&mut self, message: &str) -> bool {
+        let states = Some(message.to_owned());
+        let new = states != self.states;
+        self.states = states;
+        new
+    }
+}
+
+fn show(context: &Context, status: &Status, detail: bool) {
     if status.servers.is_empty() {
         output::talk(&format!("No server has joined yet.   {}", context.command("token")));
     } else {
-        output::data(&table(&status.servers, rates));
+        output::data(&table(&status.servers));
     }
     if detail {
         for server in &status.servers {
             output::data(&details(server));
         }
-    } else {
-        attention(context, &status.servers);
+    }
+    if let Some(line) = attention(context, &status.servers) {
+        output::talk(&line);
     }
     for warning in &status.warnings {
-        output::talk(warning);
+        let explain = context.command(&format!("explain {}", warning.code));
+        output::talk(&format!("{} -> {explain}", warning.text));
     }
 }
 
-fn table(servers: &[ServerStatus], rates: &Rates) -> String {
-    let mut header = vec!["SERVER", "STATE", "LOSS IF IT DIED NOW", "GOAL"];
-    if rates.known() {
-        header.push("TO TARGET");
-    }
-    let rows = servers.iter().map(|server| {
-        let mut row = vec![
-            server.name.clone(),
-            state(server, rates),
-            loss(server),
-            goal(server.goal_seconds),
-        ];
-        if rates.known() {
-            row.push(rates.sent(&server.name).map_or("-".into(), rate));
-        }
-        row
-    });
-    output::table(&header, rows.collect())
+fn table(servers: &[ServerStatus]) -> String {
+    let row = |server: &ServerStatus| {
+        let goal = goal(server.goal_seconds);
+        vec![server.name.clone(), state(server), loss(server), goal, to_target(server)]
+    };
+    let header = ["SERVER", "STATE", "LOSS IF IT DIED NOW", "GOAL", "TO TARGET"];
+    output::table(&header, servers.iter().map(row).collect())
 }
 
 /// The state with how far a first copy or compare is: `first copy 34 %, 12 min`.
-fn state(server: &ServerStatus, rates: &Rates) -> String {
-    let Some((done, total)) = progress(server) else {
-        return match server.state.as_str() {
-            "behind" => "BEHIND".into(),
-            other => other.into(),
-        };
+pub(super) fn state(server: &ServerStatus) -> String {
+    let words = match server.state {
+        State::Behind => "BEHIND",
+        State::Stopped => "STOPPED",
+        State::Away => "AWAY",
+        other => other.words(),
     };
-    let percent = percent(done, total);
-    match rates.known().then(|| rates.left(&server.name, total - done)) {
-        Some(Some(seconds)) => format!("{} {percent} %, {}", server.state, span(seconds)),
-        Some(None) => format!("{} {percent} %, calculating", server.state),
-        None => format!("{} {percent} %", server.state),
+    match (server.percent, server.left_seconds) {
+        (None, _) => words.into(),
+        (Some(100), _) => format!("{words} 100 %"),
+        (Some(percent), Some(left)) => format!("{words} {percent} %, {}", span(left)),
+        (Some(percent), None) => format!("{words} {percent} %, calculating"),
     }
 }
 
-/// Done and total bytes over all volumes, while a first copy or compare runs.
-fn progress(server: &ServerStatus) -> Option<(u64, u64)> {
-    if !matches!(server.state.as_str(), "first copy" | "comparing") {
-        return None;
-    }
-    let parts = server.volumes.iter().filter_map(|volume| volume.progress_bytes);
-    let (done, total) =
-        parts.fold((0, 0), |(d, t), (done, total)| (d + done.min(total), t + total));
-    (total > 0).then_some((done, total))
-}
-
-/// Full only when it is: one hundred percent means durable.
-fn percent(done: u64, total: u64) -> u64 {
-    if total == 0 { 0 } else { (u128::from(done) * 100 / u128::from(total)) as u64 }
-}
-
-fn loss(server: &ServerStatus) -> String {
+pub(super) fn loss(server: &ServerStatus) -> String {
     match server.loss_seconds {
-        None if server.volumes.is_empty() => "-".into(),
+        None if server.volumes.is_empty() => "everything".into(),
         None => "no point yet".into(),
+        Some(seconds) if server.backlog_bytes == 0 => format!("{} · nothing waits", span(seconds)),
         Some(seconds) => format!("{} · {}", span(seconds), bytes(server.backlog_bytes)),
+    }
+}
+
+/// What is sent; nothing sent has a word that says why.
+fn to_target(server: &ServerStatus) -> String {
+    match (server.state, server.sending_bytes_per_second) {
+        (State::Joined | State::Unprotected, _) => "off".into(),
+        (_, None) => "-".into(),
+        (_, Some(speed)) if speed < 1.0 && server.backlog_bytes == 0 => "idle".into(),
+        (State::Protected, Some(speed)) if speed < 1.0 => "waits for a cut".into(),
+        (_, Some(speed)) => rate(speed),
     }
 }
 
@@ -179,77 +214,27 @@ fn phase(volume: &VolumeStatus) -> String {
         VolumePhase::Stopped => "STOPPED",
     };
     match volume.progress_bytes {
-        Some((done, total)) => format!("{name} {} %", percent(done.min(total), total)),
-        None => name.into(),
-    }
-}
-
-fn attention(context: &Context, servers: &[ServerStatus]) {
-    let calm = ["protected", "first copy", "comparing", "joined", "unprotected"];
-    let bad: Vec<&ServerStatus> =
-        servers.iter().filter(|server| !calm.contains(&server.state.as_str())).collect();
-    for server in bad.iter().filter(|server| !server.reason.is_empty()) {
-        output::talk(&format!("{}: {}", server.name, server.reason));
-    }
-    if let Some(first) = bad.first() {
-        let names: Vec<&str> = bad.iter().map(|server| server.name.as_str()).collect();
-        let command = context.command(&format!("status {}", first.name));
-        let verb = if bad.len() == 1 { "needs" } else { "need" };
-        output::talk(&format!("{} {verb} attention: {} -> {command}", bad.len(), names.join(", ")));
-    }
-}
-
-/// What was seen of each server within [`WINDOW`].
-#[derive(Default)]
-struct Rates {
-    seen: HashMap<String, VecDeque<Sample>>,
-}
-
-struct Sample {
-    at: Instant,
-    sent: u64,
-    done: u64,
-}
-
-impl Rates {
-    fn see(&mut self, status: &Status, at: Instant) {
-        for server in &status.servers {
-            let samples = self.seen.entry(server.name.clone()).or_default();
-            let sent = server.volumes.iter().map(|volume| volume.sent_bytes).sum();
-            let done = progress(server).map_or(0, |(done, _)| done);
-            // A restarted agent counts anew, another phase too.
-            if samples.back().is_some_and(|last| last.sent > sent || last.done > done) {
-                samples.clear();
-            }
-            samples.push_back(Sample { at, sent, done });
-            while samples.front().is_some_and(|first| at - first.at > WINDOW) {
-                samples.pop_front();
-            }
+        Some((done, total)) if total > 0 => {
+            format!("{name} {} %", u128::from(done.min(total)) * 100 / u128::from(total))
         }
+        _ => name.into(),
     }
+}
 
-    /// Whether anything was seen twice.
-    fn known(&self) -> bool {
-        self.seen.values().any(|samples| samples.len() > 1)
-    }
-
-    /// Bytes a second to the target.
-    fn sent(&self, server: &str) -> Option<f64> {
-        self.slope(server, |sample| sample.sent)
-    }
-
-    /// Seconds until so many bytes more are done.
-    fn left(&self, server: &str, bytes: u64) -> Option<f64> {
-        let speed = self.slope(server, |sample| sample.done)?;
-        (speed > 0.0).then(|| bytes as f64 / speed)
-    }
-
-    fn slope(&self, server: &str, of: impl Fn(&Sample) -> u64) -> Option<f64> {
-        let samples = self.seen.get(server)?;
-        let (first, last) = (samples.front()?, samples.back()?);
-        let seconds = (last.at - first.at).as_secs_f64();
-        (seconds > 0.0).then(|| (of(last) - of(first)) as f64 / seconds)
-    }
+/// The line that names who needs a look, and what to type.
+fn attention(context: &Context, servers: &[ServerStatus]) -> Option<String> {
+    let names: Vec<&str> = servers
+        .iter()
+        .filter(|server| server.state.needs_attention())
+        .map(|server| server.name.as_str())
+        .collect();
+    let command = match names.as_slice() {
+        [] => return None,
+        [one] => context.command(&format!("explain {one}")),
+        _ => context.command("explain"),
+    };
+    let verb = if names.len() == 1 { "needs" } else { "need" };
+    Some(format!("{} {verb} attention: {} -> {command}", names.len(), names.join(", ")))
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// The tables that a drop-in may have.
-const ROLES: &[&str] = &["control", "target", "agent"];
+pub(super) const ROLES: &[&str] = &["control", "target", "agent"];
+/// The folder of the drop-ins.
+const DROP_INS: &str = "conf.d";
 /// Least likeness (Jaro-Winkler) at which a known key is worth suggesting.
 const LIKENESS_MIN: f64 = 0.7;
 
@@ -47,10 +49,12 @@ pub enum ConfigError {
         cause: String,
     },
     /// A value out of its bounds, or none where one is needed.
-    #[error("{}: `{key}` {cause}", file.display())]
+    #[error("{}{}: `{key}` {cause}", file.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
     Value {
-        /// The role's own file.
+        /// Where it is set; the role's own file if it is not.
         file: PathBuf,
+        /// Line, from 1.
+        line: Option<usize>,
         /// The key.
         key: &'static str,
         /// What it should be.
@@ -62,16 +66,6 @@ fn suggestion(nearest: Option<&str>) -> String {
     nearest.map(|key| format!(" (did you mean `{key}`?)")).unwrap_or_default()
 }
 
-impl ConfigError {
-    pub(super) fn missing(file: &Path, key: &'static str) -> Self {
-        Self::Value { file: file.to_path_buf(), key, cause: "is missing".into() }
-    }
-
-    pub(super) fn value(file: &Path, key: &'static str, bounds: &str) -> Self {
-        Self::Value { file: file.to_path_buf(), key, cause: format!("is out of bounds: {bounds}") }
-    }
-}
-
 /// The keys of a role.
 pub(super) trait Schema: DeserializeOwned {
     const ROLE: &'static str;
@@ -80,56 +74,161 @@ pub(super) trait Schema: DeserializeOwned {
     const TABLES: &'static [(&'static str, &'static [&'static str])];
 }
 
-/// What the role's own file says, then every drop-in. Also the name of the own file.
-pub(super) fn gather<S: Schema>(paths: &Paths) -> Result<(PathBuf, Vec<S>), ConfigError> {
+/// A value that is set, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Its key.
+    pub key: String,
+    /// The file.
+    pub file: PathBuf,
+    /// Line, from 1.
+    pub line: usize,
+}
+
+/// All that is said of a role.
+pub(super) struct Gathered<S> {
+    /// The role's own file.
+    pub main: PathBuf,
+    /// What it says, then what every drop-in says.
+    pub parts: Vec<S>,
+    /// Every value that is set, in the same order.
+    pub places: Vec<Place>,
+    /// What is wrong; parts with errors lack the values in question.
+    pub problems: Vec<ConfigError>,
+}
+
+impl<S> Gathered<S> {
+    /// It, unless something is wrong.
+    fn sound(mut self) -> Result<Self, ConfigError> {
+        match self.problems.is_empty() {
+            true => Ok(self),
+            false => Err(self.problems.swap_remove(0)),
+        }
+    }
+
+    /// Where a value that counts is set.
+    pub fn place(&self, key: &str) -> Option<&Place> {
+        self.places.iter().rfind(|place| place.key == key)
+    }
+
+    pub fn missing(&self, key: &'static str) -> ConfigError {
+        let file = self.main.clone();
+        ConfigError::Value { file, line: None, key, cause: "is missing".into() }
+    }
+
+    pub fn out_of_bounds(&self, key: &'static str, bounds: &str) -> ConfigError {
+        let place = self.place(key);
+        let file = place.map_or(&self.main, |place| &place.file).clone();
+        let cause = format!("is out of bounds: {bounds}");
+        ConfigError::Value { file, line: place.map(|place| place.line), key, cause }
+    }
+}
+
+/// What the role's own file says, then every drop-in. The first error ends it.
+pub(super) fn gather<S: Schema>(paths: &Paths) -> Result<Gathered<S>, ConfigError> {
+    gather_all::<S>(paths)?.sound()
+}
+
+/// As [`gather`], but with all that is wrong. Fails only where nothing can be read.
+pub(super) fn gather_all<S: Schema>(paths: &Paths) -> Result<Gathered<S>, ConfigError> {
     let main = paths.file(S::ROLE);
-    let mut parts = Vec::new();
-    let text = read(&main)?;
-    let table = parse(&main, &text)?;
-    parts.push(convert::<S>(&main, &text, table.into_inner())?);
-    for file in drop_ins(&paths.config.join("conf.d"))? {
+    let mut all = alone(&main, &read(&main)?);
+    for file in drop_ins(&paths.config.join(DROP_INS))? {
         let text = read(&file)?;
-        for (key, value) in parse(&file, &text)?.into_inner() {
+        let table = match parse(&file, &text) {
+            Ok(table) => table.into_inner(),
+            Err(error) => {
+                all.problems.push(error);
+                continue;
+            }
+        };
+        for (key, value) in table {
             if !ROLES.contains(&key.get_ref().as_ref()) {
-                return Err(unknown(&file, &text, &key, ROLES));
+                all.problems.push(unknown(&file, &text, &key, ROLES));
+                continue;
             }
             // The tables of other roles are checked by those.
             if key.get_ref() == S::ROLE {
                 let line = line(&text, value.span().start);
-                let DeValue::Table(table) = value.into_inner() else {
+                if let DeValue::Table(table) = value.into_inner() {
+                    convert(&file, &text, table, &mut all);
+                } else {
                     let cause = format!("`{}` must be a table: [{0}]", S::ROLE);
-                    return Err(ConfigError::Malformed { file, line, cause });
-                };
-                parts.push(convert::<S>(&file, &text, table)?);
+                    all.problems.push(ConfigError::Malformed { file: file.clone(), line, cause });
+                }
             }
         }
     }
-    Ok((main, parts))
+    Ok(all)
 }
 
-fn convert<S: Schema>(file: &Path, text: &str, table: DeTable<'_>) -> Result<S, ConfigError> {
-    for (key, value) in &table {
-        if !S::KEYS.contains(&key.get_ref().as_ref()) {
-            return Err(unknown(file, text, key, S::KEYS));
-        }
-        let Some((_, keys)) = S::TABLES.iter().find(|(name, _)| key.get_ref() == name) else {
-            continue;
-        };
-        let inner = match value.get_ref() {
-            DeValue::Table(table) => vec![table],
-            DeValue::Array(rows) => {
-                rows.iter().filter_map(|row| row.get_ref().as_table()).collect()
-            }
-            _ => Vec::new(),
-        };
-        for key in inner.into_iter().flat_map(DeTable::keys) {
-            if !keys.contains(&key.get_ref().as_ref()) {
-                return Err(unknown(file, text, key, keys));
-            }
+/// What the text of a role's own file says. The first error ends it.
+pub(super) fn own<S: Schema>(file: &Path, text: &str) -> Result<Gathered<S>, ConfigError> {
+    alone(file, text).sound()
+}
+
+fn alone<S: Schema>(file: &Path, text: &str) -> Gathered<S> {
+    let (parts, places, problems) = (Vec::new(), Vec::new(), Vec::new());
+    let mut all = Gathered { main: file.to_path_buf(), parts, places, problems };
+    match parse(file, text) {
+        Ok(table) => convert(file, text, table.into_inner(), &mut all),
+        Err(error) => all.problems.push(error),
+    }
+    all
+}
+
+/// The roles for which a drop-in has a table, with the file.
+pub(super) fn roles_of_drop_ins(paths: &Paths) -> Result<Vec<(String, PathBuf)>, ConfigError> {
+    let mut roles = Vec::new();
+    for file in drop_ins(&paths.config.join(DROP_INS))? {
+        let text = read(&file)?;
+        let Ok(table) = parse(&file, &text) else { continue };
+        for key in table.get_ref().keys() {
+            roles.push((key.get_ref().to_string(), file.clone()));
         }
     }
-    let spanned = Spanned::new(0..text.len(), table);
-    S::deserialize(toml::Deserializer::from(spanned)).map_err(|error| malformed(file, text, &error))
+    Ok(roles)
+}
+
+/// Takes the values of one table, each by itself, so that one that is wrong hides no other.
+fn convert<S: Schema>(file: &Path, text: &str, table: DeTable<'_>, all: &mut Gathered<S>) {
+    for (key, value) in table {
+        let name = key.get_ref().to_string();
+        if !S::KEYS.contains(&name.as_str()) {
+            all.problems.push(unknown(file, text, &key, S::KEYS));
+            continue;
+        }
+        let before = all.problems.len();
+        if let Some((_, keys)) = S::TABLES.iter().find(|(table, _)| name == *table) {
+            let inner = match value.get_ref() {
+                DeValue::Table(table) => vec![table],
+                DeValue::Array(rows) => {
+                    rows.iter().filter_map(|row| row.get_ref().as_table()).collect()
+                }
+                _ => Vec::new(),
+            };
+            for key in inner.into_iter().flat_map(DeTable::keys) {
+                if !keys.contains(&key.get_ref().as_ref()) {
+                    all.problems.push(unknown(file, text, key, keys));
+                }
+            }
+        }
+        if all.problems.len() > before {
+            continue;
+        }
+        let place =
+            Place { key: name, file: file.to_path_buf(), line: line(text, key.span().start) };
+        let mut one = DeTable::new();
+        one.insert(key, value);
+        let spanned = Spanned::new(0..text.len(), one);
+        match S::deserialize(toml::Deserializer::from(spanned)) {
+            Ok(part) => {
+                all.parts.push(part);
+                all.places.push(place);
+            }
+            Err(error) => all.problems.push(malformed(file, text, place.line, &error)),
+        }
+    }
 }
 
 fn unknown(
@@ -150,13 +249,15 @@ fn unknown(
 }
 
 fn parse<'a>(file: &Path, text: &'a str) -> Result<Spanned<DeTable<'a>>, ConfigError> {
-    DeTable::parse(text).map_err(|error| malformed(file, text, &error))
+    DeTable::parse(text).map_err(|error| malformed(file, text, 1, &error))
 }
 
-fn malformed(file: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+/// `fallback`: the line, where the error does not say.
+fn malformed(file: &Path, text: &str, fallback: usize, error: &toml::de::Error) -> ConfigError {
+    let place = error.span().filter(|span| span.start > 0 || fallback == 1);
     ConfigError::Malformed {
         file: file.to_path_buf(),
-        line: line(text, error.span().map_or(0, |span| span.start)),
+        line: place.map_or(fallback, |span| line(text, span.start)),
         cause: error.message().replace('\n', " "),
     }
 }

@@ -3,6 +3,8 @@
 //! With the default configuration folder these are the system's; with any other everything lies
 //! below it, so that both sites and several servers can run side by side on one machine.
 
+use crate::metrics::Sockets;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// The configuration folder unless `--config-dir` names another.
@@ -49,6 +51,11 @@ impl Paths {
     /// The file of a role: `control.toml`, `target.toml`, `agent.toml`.
     pub fn file(&self, role: &str) -> PathBuf {
         self.config.join(format!("{role}.toml"))
+    }
+
+    /// Where a daemon serves its metrics.
+    pub fn metrics(&self, role: &str, tcp: Option<SocketAddr>) -> Sockets {
+        Sockets { unix: self.run.join(format!("{role}.metrics")), tcp }
     }
 
     /// What to add to a command so that it uses this configuration; empty for the default.

@@ -9,11 +9,12 @@ use super::orders::Orders;
 use super::state::StateDir;
 use crate::cli::failure::Failure;
 use crate::inventory;
-use crate::source::Source;
+use crate::source::{self, Source};
 use secondsite_control::api::{
     AgentAssignment, AgentReport, InventoryDevice, VolumeAssignment, VolumePhase, VolumeReport,
 };
 use secondsite_control::client::Client;
+use secondsite_control::codes::Reason;
 use secondsite_control::pki::Identity;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -102,11 +103,6 @@ impl AgentSide {
         self.source
     }
 
-    /// Milliseconds since the data loop last went round.
-    pub fn idle_millis(&self) -> u64 {
-        self.source.as_ref().map_or(0, Source::idle_millis)
-    }
-
     /// One line for init.
     pub fn status(&self) -> String {
         let report = self.current();
@@ -128,6 +124,11 @@ impl AgentSide {
             .map(|(count, word)| format!("{count} {word}"))
             .collect();
         if parts.is_empty() { "no volume is protected".into() } else { parts.join(", ") }
+    }
+
+    /// What metrics show of the data plane, and how many volumes are refused.
+    pub fn observe(&self) -> (Option<source::Observation>, usize) {
+        (self.source.as_ref().map(Source::observe), lock(&self.inner).refused.len())
     }
 
     fn current(&self) -> AgentReport {
@@ -152,9 +153,10 @@ impl AgentSide {
         inner.refused.clear();
         assignment.volumes.retain(|volume| match refusal(volume, &inner.enrolment, &self.allow) {
             None => true,
-            Some(why) => {
-                tracing::error!("{}: {why}", volume.path);
-                inner.refused.push(refused_volume(volume, why));
+            Some((code, why)) => {
+                let (id, name, path) = (&volume.id, &volume.name, &volume.path);
+                tracing::error!(volume = id, name, path, "{why}");
+                inner.refused.push(refused_volume(volume, code, why));
                 false
             }
         });
@@ -176,11 +178,8 @@ impl Side for AgentSide {
         };
         let poll = client.agent_poll(version, seen, POLL_SECONDS).await?;
         if let Some(assignment) = poll.assignment {
-            tracing::info!(
-                "assignment {}: {} volumes",
-                assignment.version,
-                assignment.volumes.len()
-            );
+            let (version, volumes) = (assignment.version, assignment.volumes.len());
+            tracing::info!(version, volumes, "new assignment");
             self.state.write(ASSIGNMENT, &assignment)?;
             self.follow(assignment);
         }
@@ -188,7 +187,7 @@ impl Side for AgentSide {
             let new = lock(&self.inner).orders.receive(order);
             // Where nothing runs, orders wait at control.
             if let (Some(order), Some(source)) = (new, &self.source) {
-                tracing::info!("order {}: {:?}", order.number, order.what);
+                tracing::info!(order = order.number, what = ?order.what, "new order");
                 source.order(order);
             }
         }
@@ -260,21 +259,30 @@ impl Side for AgentSide {
 }
 
 /// Why a volume that control chose is not opened.
-fn refusal(volume: &VolumeAssignment, enrolment: &Enrolment, allow: &[PathBuf]) -> Option<String> {
+fn refusal(
+    volume: &VolumeAssignment,
+    enrolment: &Enrolment,
+    allow: &[PathBuf],
+) -> Option<(Reason, &'static str)> {
     if !enrolment.offered.contains(&volume.path) {
-        return Some("this agent never offered this device; it is not opened".into());
+        let why = "this agent never offered this device; it is not opened";
+        return Some((Reason::DeviceNotOffered, why));
     }
-    (!inventory::allows(allow, Path::new(&volume.path)))
-        .then(|| "not in the `allow` list of agent.toml; it is not opened".into())
+    (!inventory::allows(allow, Path::new(&volume.path))).then_some((
+        Reason::DeviceNotAllowed,
+        "not in the `allow` list of agent.toml; it is not opened",
+    ))
 }
 
-fn refused_volume(volume: &VolumeAssignment, reason: String) -> VolumeReport {
+fn refused_volume(volume: &VolumeAssignment, code: Reason, reason: &str) -> VolumeReport {
     VolumeReport {
         id: volume.id.clone(),
         phase: VolumePhase::Stopped,
-        reason,
+        reason: reason.into(),
+        code: Some(code),
         tracker: "none".into(),
         tracker_reason: String::new(),
+        tracker_code: None,
         cut: "none".into(),
         progress_bytes: None,
         backlog_bytes: 0,
@@ -284,7 +292,7 @@ fn refused_volume(volume: &VolumeAssignment, reason: String) -> VolumeReport {
 }
 
 /// A target that listens on every address of control's host is dialled where control is.
-fn reachable(target: &str, control: &str) -> String {
+pub fn reachable(target: &str, control: &str) -> String {
     let unspecified = ["0.0.0.0:", "[::]:"].iter().find_map(|any| target.strip_prefix(any));
     match (unspecified, control.rsplit_once(':')) {
         (Some(port), Some((host, _))) => format!("{host}:{port}"),

@@ -2,29 +2,30 @@
 
 use super::init::{self, Signals};
 use super::lock::Lock;
+use super::log::{self, LogFormat};
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{ControlConfig, Paths};
-use secondsite_control::run::{self, CONTROL};
+use crate::metrics;
+use crate::pulse;
+use secondsite_control::observed::ROUND;
+use secondsite_control::run::{self, CONTROL, NewerStore};
+use std::cell::Cell;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
 
 /// Threads that answer requests.
 const WORKERS: usize = 2;
-/// How often the runtime shows that it goes round, for the watchdog.
-const HEARTBEAT: Duration = Duration::from_secs(1);
 /// File of the database.
 const DATABASE: &str = "control.db";
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(paths: &Paths) -> Result<(), Failure> {
+pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let config = ControlConfig::load(paths)?;
     let _lock = Lock::take(paths, CONTROL)?;
     let signals = Signals::block()?;
-    init::start_log();
+    log::start(format)?;
 
     let mut settings =
         run::ControlConfig::new(config.listen, database(paths, &config), paths.pki.clone());
@@ -36,15 +37,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         .build()
         .map_err(|error| Failure::new(Exit::Failed, format!("start of the runtime: {error}")))?;
 
-    let began = Instant::now();
-    let beat = Arc::new(AtomicU64::new(0));
-    let beating = Arc::clone(&beat);
-    runtime.spawn(async move {
-        loop {
-            beating.store(began.elapsed().as_millis() as u64, Ordering::Relaxed);
-            tokio::time::sleep(HEARTBEAT).await;
-        }
-    });
+    let observed = Arc::clone(&settings.observed);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let (ready, when_ready) = mpsc::channel();
     let server = runtime.spawn(run::run(
@@ -60,15 +53,21 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     ));
     // The sender is dropped when the server ends without having been ready.
     if let Ok(address) = when_ready.recv() {
-        tracing::info!("control listens on {address}, version {}", env!("CARGO_PKG_VERSION"));
-        let idle = || {
-            Duration::from_millis(began.elapsed().as_millis() as u64 - beat.load(Ordering::Relaxed))
+        tracing::info!(%address, version = env!("CARGO_PKG_VERSION"), "control listens");
+        let (seen_by_metrics, handle) = (Arc::clone(&observed), runtime.handle().clone());
+        metrics::serve(&paths.metrics(CONTROL, config.metrics), move || {
+            let snapshot = handle.block_on(seen_by_metrics.snapshot())?;
+            Ok(metrics::control::render(&seen_by_metrics, &snapshot))
+        });
+        let joined = pulse::join("the loop that accepts connections");
+        let seen = Cell::new(u64::MAX);
+        let goes_on = || {
+            if seen.replace(observed.rounds()) != observed.rounds() {
+                joined.beat_again_in(ROUND);
+            }
+            !server.is_finished()
         };
-        init::serve_until_signal(
-            &signals,
-            || (!server.is_finished()).then(idle),
-            || format!("listening on {address}"),
-        );
+        init::serve_until_signal(&signals, goes_on, || format!("listening on {address}"));
     }
     drop(stop);
     match runtime.block_on(server) {
@@ -80,7 +79,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
 
 /// Control's database.
 pub fn database(paths: &Paths, config: &ControlConfig) -> PathBuf {
-    config.store.as_ref().unwrap_or(&paths.state).join(DATABASE)
+    config.store.clone().unwrap_or_else(|| paths.state.join(CONTROL)).join(DATABASE)
 }
 
 /// Names and addresses of this host in control's certificate; the first is the one that people
@@ -100,7 +99,21 @@ pub fn hosts(listen: SocketAddr) -> Vec<String> {
     hosts
 }
 
+/// What a database of a newer version means for a command.
+pub fn newer(error: &anyhow::Error) -> Option<Failure> {
+    let newer = error.chain().find_map(|cause| cause.downcast_ref::<NewerStore>())?;
+    let hint = format!(
+        "install the newer Secondsite again, or restore {} from a backup of this version",
+        newer.path.display()
+    );
+    let failure = Failure::new(Exit::Config, newer.to_string());
+    Some(failure.still("replication goes on without control").hint(hint))
+}
+
 fn failed(listen: SocketAddr, error: &anyhow::Error) -> Failure {
+    if let Some(newer) = newer(error) {
+        return newer;
+    }
     let kind = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     let failure = |exit| Failure::new(exit, format!("control: {error:#}"));
     match kind.map(std::io::Error::kind) {

@@ -5,6 +5,7 @@
 //! says so and tries again, with a growing, jittered pause. What came from control is durable
 //! before it is applied.
 
+use crate::pulse;
 use secondsite_control::api::RenewRequest;
 use secondsite_control::client::Client;
 use secondsite_control::client_error::ClientError;
@@ -27,6 +28,8 @@ const TEND_EVERY: Duration = Duration::from_secs(30);
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 /// Longest pause between two attempts.
 const PAUSE_MAX: Duration = Duration::from_secs(15);
+/// How often the thread shows that it goes round.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// How often the certificate is looked at, at least and at most.
 const RENEWAL_LOOK_MIN: Duration = Duration::from_secs(1);
 const RENEWAL_LOOK_MAX: Duration = Duration::from_secs(60);
@@ -109,6 +112,16 @@ impl Shared {
         }
     }
 
+    /// Whether control answered the last question.
+    pub fn control_answers(&self) -> bool {
+        lock(&self.trouble).is_none()
+    }
+
+    /// When our certificate ends.
+    pub fn certificate_ends(&self) -> jiff::Timestamp {
+        self.identity().not_after()
+    }
+
     fn client(&self) -> Arc<Client> {
         Arc::clone(&lock(&self.client))
     }
@@ -155,6 +168,7 @@ impl Link {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let running = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("control-link".into()).spawn(move || {
+            let _joined = pulse::join("the link to control");
             runtime.block_on(async {
                 tokio::select! {
                     () = running.stop.notified() => {}
@@ -162,6 +176,7 @@ impl Link {
                     () = reports(&*side, &running) => {}
                     () = renewals(&*side, &running) => {}
                     () = tending(&*side, &running) => {}
+                    () = beating() => {}
                 }
             });
         })?;
@@ -174,6 +189,14 @@ impl Link {
         if self.thread.join().is_err() {
             tracing::error!("the link to control had panicked");
         }
+    }
+}
+
+/// Shows that this thread still goes from one loop to the next.
+async fn beating() {
+    loop {
+        pulse::beat_again_in(BEAT_EVERY);
+        sleep(BEAT_EVERY).await;
     }
 }
 
@@ -230,7 +253,10 @@ async fn tending<S: Side>(side: &S, shared: &Shared) {
                 sleep(TEND_EVERY).await;
             }
             Err(error) => {
-                tracing::debug!("inventory: {error}");
+                match &error {
+                    LinkError::Inventory(error) => tracing::warn!("{error}"),
+                    error => tracing::debug!("inventory: {error}"),
+                }
                 sleep(pause.next(began)).await;
             }
         }
@@ -297,10 +323,11 @@ pub async fn renew_with(
 ) -> Result<Arc<Identity>, LinkError> {
     let (key_pem, request_pem) = pki::new_request().map_err(LinkError::Certificate)?;
     let reply = client.renew(&RenewRequest { request_pem }).await?;
-    pki::install(&identity.dir, role, &key_pem, &reply.certificate_pem, &reply.authority_pem)
-        .and_then(|()| Identity::load(&identity.dir, role))
-        .map(Arc::new)
-        .map_err(LinkError::Certificate)
+    let install = || {
+        pki::install(&identity.dir, role, &key_pem, &reply.certificate_pem, &reply.authority_pem)
+            .and_then(|()| Identity::load(&identity.dir, role))
+    };
+    pulse::outside(install).map(Arc::new).map_err(LinkError::Certificate)
 }
 
 /// Growing pauses with jitter, so that a thousand agents do not come back at one instant.

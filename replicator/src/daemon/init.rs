@@ -1,39 +1,21 @@
-//! What a daemon and init say to each other: readiness, status, watchdog, signals; and the log.
+//! What a daemon and init say to each other: readiness, status, watchdog, signals.
 //!
-//! Without init (no NOTIFY_SOCKET) all of this does nothing. The watchdog is fed only while the
-//! data loop goes round.
+//! Without init (no NOTIFY_SOCKET) all of this does nothing. The watchdog is fed only while every
+//! loop of the daemon goes round or waits for the outside ([`crate::pulse`]).
 
 use crate::cli::failure::{Exit, Failure};
+use crate::pulse;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sd_notify::NotifyState;
-use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::time::Duration;
-use tracing_subscriber::EnvFilter;
 
 /// How often the status line and the watchdog are looked after.
 const TICK: Duration = Duration::from_secs(1);
-
-/// Sends the log to stderr. `SECONDSITE_LOG` chooses what is logged (`info` unless set). Under
-/// journald lines carry no time of their own.
-pub fn start_log() {
-    let filter =
-        EnvFilter::try_from_env("SECONDSITE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let colour = std::io::stderr().is_terminal() && crate::cli::output::colour_wanted();
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_ansi(colour);
-    // A second call (there is none in the binary) would change nothing.
-    let _ = if std::env::var_os("JOURNAL_STREAM").is_some() {
-        log.without_time().try_init()
-    } else {
-        log.try_init()
-    };
-}
+/// Without a watchdog, what hangs for so long is at least said.
+const HANG: Duration = Duration::from_secs(60);
 
 /// SIGTERM and SIGINT as something to wait for. Make it before the first thread: threads inherit
 /// the blocked signals.
@@ -64,19 +46,31 @@ impl Signals {
     }
 }
 
-/// Says that the daemon works, then feeds status and watchdog until a signal ends it. `idle` is the
-/// time since the data loop last went round (none: it ended by itself), `status` one line for people.
+/// Says that the daemon works, then feeds status and watchdog until a signal ends it. `goes_on` is
+/// false when it has ended by itself, `status` one line for people: it must not wait for a disk.
 pub fn serve_until_signal(
     signals: &Signals,
-    idle: impl Fn() -> Option<Duration>,
+    goes_on: impl Fn() -> bool,
     status: impl Fn() -> String,
 ) {
     let watchdog = sd_notify::watchdog_enabled();
+    let limit = watchdog.map_or(HANG, |limit| limit / 2);
     let mut shown = status();
+    let mut said = None;
     notify(&[NotifyState::Ready, NotifyState::Status(&shown)]);
     while !signals.wait(watchdog.map_or(TICK, |limit| (limit / 4).min(TICK))) {
-        let Some(idle) = idle() else { break };
-        if watchdog.is_some_and(|limit| idle < limit / 2) {
+        if !goes_on() {
+            break;
+        }
+        let stuck = pulse::stuck().filter(|stuck| stuck.time >= limit).map(|stuck| stuck.name);
+        if said != stuck {
+            match &stuck {
+                Some(name) => tracing::error!("{name} hangs: the watchdog is fed no longer"),
+                None => tracing::info!("nothing hangs any more"),
+            }
+            said.clone_from(&stuck);
+        }
+        if stuck.is_none() && watchdog.is_some() {
             notify(&[NotifyState::Watchdog]);
         }
         let now = status();

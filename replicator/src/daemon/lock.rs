@@ -11,6 +11,29 @@ use nix::fcntl::{FcntlArg, fcntl};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 
+/// The process that holds the lock of `role`; none if nobody does. Takes and makes nothing. Not to
+/// be asked by a daemon of this role itself: closing the file would drop its lock.
+pub fn holder(paths: &Paths, role: &str) -> std::io::Result<Option<i32>> {
+    let file = match File::open(paths.run.join(format!("{role}.lock"))) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut lock = write_lock();
+    fcntl(&file, FcntlArg::F_GETLK(&mut lock))?;
+    Ok((lock.l_type != libc::F_UNLCK as libc::c_short).then_some(lock.l_pid))
+}
+
+fn write_lock() -> libc::flock {
+    libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}
+
 /// Held as long as the daemon runs.
 #[derive(Debug)]
 pub struct Lock {
@@ -33,13 +56,7 @@ impl Lock {
             .mode(0o600)
             .open(&path)
             .map_err(|error| Failure::io("open", &path, &error))?;
-        let mut lock = libc::flock {
-            l_type: libc::F_WRLCK as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: 0,
-            l_len: 0,
-            l_pid: 0,
-        };
+        let mut lock = write_lock();
         match fcntl(&file, FcntlArg::F_SETLK(&lock)) {
             Ok(_) => return Ok(Self { _file: file }),
             Err(Errno::EAGAIN | Errno::EACCES) => {}

@@ -5,6 +5,7 @@ pub mod control;
 pub mod control_link;
 pub mod init;
 pub mod lock;
+pub mod log;
 pub mod orders;
 pub mod replicate;
 pub mod state;

@@ -8,22 +8,23 @@ use super::agent_side::{AgentSide, ENROLMENT, Enrolment};
 use super::control_link::{Link, Shared, Side};
 use super::init::{self, Signals};
 use super::lock::Lock;
+use super::log::{self, LogFormat};
 use super::state::StateDir;
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{AgentConfig, Paths};
 use crate::machine;
+use crate::metrics;
 use crate::source::{Source, SourceConfig};
 use secondsite_control::pki::{Identity, Role};
 use secondsite_tracker::freeze::Freezer;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Below this lie the pins of all agents, each under its server's id.
-const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
+pub const PIN_ROOT: &str = "/sys/fs/bpf/secondsite";
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(paths: &Paths) -> Result<(), Failure> {
+pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let config = AgentConfig::load(paths)?;
     let (identity, server_id) = identity(paths)?;
     let state = StateDir::open(&paths.state, AgentSide::ROLE)?;
@@ -39,8 +40,9 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         Failure::new(Exit::Unavailable, error.to_string())
             .hint(format!("look at {}; run as root", paths.run.display()))
     })?;
-    init::start_log();
-    tracing::info!("agent {} of {server_id}, version {}", config.name, env!("CARGO_PKG_VERSION"));
+    log::start(format)?;
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(server = server_id, name = config.name, version, "agent started");
 
     let here = machine::digest();
     let shared = Shared::new(config.control.clone(), Arc::clone(&identity))
@@ -70,9 +72,21 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
         Failure::new(Exit::Failed, format!("start of the link to control: {error}"))
     })?;
+    let (observed, link_state) = (Arc::downgrade(&side), Arc::clone(&shared));
+    metrics::serve(&paths.metrics(AgentSide::ROLE, config.metrics), move || {
+        let side = observed.upgrade().ok_or("the agent is stopping")?;
+        let (source, refused) = side.observe();
+        let agent = metrics::agent::Agent {
+            source,
+            refused,
+            certificate_ends: link_state.certificate_ends(),
+            control_answers: link_state.control_answers(),
+        };
+        Ok(metrics::agent::render(&agent))
+    });
     init::serve_until_signal(
         &signals,
-        || Some(Duration::from_millis(side.idle_millis())),
+        || true,
         || format!("{}; {}", side.status(), shared.status()),
     );
     link.stop();

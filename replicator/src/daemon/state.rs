@@ -4,6 +4,7 @@
 //! a newer format is refused and left as it is.
 
 use crate::cli::failure::{Exit, Failure};
+use crate::pulse;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -15,6 +16,15 @@ use std::path::{Path, PathBuf};
 const FORMAT: u64 = 1;
 const FORMAT_KEY: &str = "format";
 const CONTENT_KEY: &str = "content";
+
+/// Reads a document of a role without making its folder; none if it was never written.
+pub fn peek<T: DeserializeOwned>(
+    state: &Path,
+    role: &str,
+    name: &str,
+) -> Result<Option<T>, Failure> {
+    StateDir { dir: state.join(role) }.read(name)
+}
 
 /// The state folder of one role.
 #[derive(Debug, Clone)]
@@ -47,30 +57,13 @@ impl StateDir {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::io("read", &path, &error)),
         };
-        let damaged = |why: &dyn std::fmt::Display| {
-            Failure::new(Exit::DataDiffers, format!("{} is damaged: {why}", path.display())).hint(
-                format!("move {} away; what it held comes again from control", path.display()),
-            )
-        };
-        let mut document: serde_json::Value =
-            serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
-        let found = document[FORMAT_KEY].as_u64().ok_or_else(|| damaged(&"no format number"))?;
-        if found > FORMAT {
-            let what = format!(
-                "{} has format {found}, this Secondsite reads up to {FORMAT}: it was written by a newer one",
-                path.display()
-            );
-            return Err(Failure::new(Exit::Config, what)
-                .still("the file was left as it is")
-                .hint("install the newer Secondsite again"));
-        }
-        serde_json::from_value(document[CONTENT_KEY].take()).map(Some).map_err(|e| damaged(&e))
+        decode(&path, &bytes).map(Some)
     }
 
     /// Writes a document, durably.
     pub fn write<T: Serialize>(&self, name: &str, content: &T) -> Result<(), Failure> {
         let path = self.path(name);
-        let document = serde_json::json!({ FORMAT_KEY: FORMAT, CONTENT_KEY: content });
+        let document = encode(content);
         let write = || -> std::io::Result<()> {
             let beside = path.with_added_extension("new");
             let mut file = OpenOptions::new()
@@ -79,14 +72,46 @@ impl StateDir {
                 .truncate(true)
                 .mode(0o600)
                 .open(&beside)?;
-            serde_json::to_writer(&mut file, &document)?;
-            file.write_all(b"\n")?;
+            file.write_all(&document)?;
             file.sync_all()?;
             std::fs::rename(&beside, &path)?;
             File::open(&self.dir)?.sync_all()
         };
-        write().map_err(|error| Failure::io("write", &path, &error))
+        pulse::outside(write).map_err(|error| Failure::io("write", &path, &error))
     }
+}
+
+/// The bytes of a document.
+pub fn encode<T: Serialize>(content: &T) -> Vec<u8> {
+    let document = serde_json::json!({ FORMAT_KEY: FORMAT, CONTENT_KEY: content });
+    format!("{document}\n").into_bytes()
+}
+
+/// Reads the bytes of the document at `path`. The format comes first: nothing else of a newer one
+/// is looked at.
+pub fn decode<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Failure> {
+    let damaged = |why: &dyn std::fmt::Display| {
+        Failure::new(Exit::DataDiffers, format!("{} is damaged: {why}", path.display()))
+            .hint(format!("move {} away; what it held comes again from control", path.display()))
+    };
+    let mut document: serde_json::Value =
+        serde_json::from_slice(bytes).map_err(|error| damaged(&error))?;
+    match document[FORMAT_KEY].as_u64() {
+        Some(FORMAT) => {}
+        Some(found) if found > FORMAT => {
+            let what = format!(
+                "{} was written by a newer Secondsite (format {found}, this one reads up to \
+                 {FORMAT})",
+                path.display()
+            );
+            return Err(Failure::new(Exit::Config, what)
+                .still("the file was left as it is")
+                .hint("install the newer Secondsite again"));
+        }
+        _ => return Err(damaged(&"no format number")),
+    }
+    // A document that is not an object has no format number, so it has keys.
+    serde_json::from_value(document[CONTENT_KEY].take()).map_err(|error| damaged(&error))
 }
 
 #[cfg(test)]

@@ -3,25 +3,27 @@
 use super::control_link::{Link, Shared, Side};
 use super::init::{self, Signals};
 use super::lock::Lock;
+use super::log::{self, LogFormat};
 use super::state::StateDir;
 use super::target_side::{ASSIGNMENT, TargetSide};
 use crate::cli::failure::{Exit, Failure};
 use crate::config::{Paths, TargetConfig};
+use crate::metrics;
 use crate::target;
 use secondsite_control::api::TargetAssignment;
 use secondsite_control::pki::{Identity, Role};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Runs until SIGTERM or SIGINT.
-pub fn run(paths: &Paths) -> Result<(), Failure> {
+pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let config = TargetConfig::load(paths)?;
     let identity = identity(paths)?;
     let state = StateDir::open(&paths.state, TargetSide::ROLE)?;
     let _lock = Lock::take(paths, TargetSide::ROLE)?;
     let signals = Signals::block()?;
-    init::start_log();
-    tracing::info!("target at {}, version {}", config.listen, env!("CARGO_PKG_VERSION"));
+    log::start(format)?;
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(address = %config.listen, version, "target started");
 
     let nothing = TargetAssignment { version: 0, servers: Vec::new() };
     let assignment: TargetAssignment = state.read(ASSIGNMENT)?.unwrap_or(nothing);
@@ -30,6 +32,7 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
         .map_err(|error| Failure::new(Exit::Config, format!("{error:#}")))?;
     let changed = Arc::clone(&shared);
     let store = config.store.clone();
+    let sockets = paths.metrics(TargetSide::ROLE, config.metrics);
     let target = target::Target::start(
         data_plane(config, identity),
         assignment,
@@ -44,9 +47,19 @@ pub fn run(paths: &Paths) -> Result<(), Failure> {
     let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
         Failure::new(Exit::Failed, format!("start of the link to control: {error}"))
     })?;
+    let (observed, link_state) = (Arc::downgrade(&side), Arc::clone(&shared));
+    metrics::serve(&sockets, move || {
+        let side = observed.upgrade().ok_or("the target is stopping")?;
+        let all = metrics::target::Target {
+            target: side.observe(),
+            certificate_ends: link_state.certificate_ends(),
+            control_answers: link_state.control_answers(),
+        };
+        Ok(metrics::target::render(&all))
+    });
     init::serve_until_signal(
         &signals,
-        || Some(Duration::from_millis(side.idle_millis())),
+        || true,
         || format!("{}; {}", side.status(), shared.status()),
     );
     link.stop();

@@ -2,7 +2,7 @@
 
 use super::control_link::{LinkError, POLL_SECONDS, Side};
 use super::state::StateDir;
-use crate::target::Target;
+use crate::target::{Observation, Target};
 use secondsite_control::api::TargetAssignment;
 use secondsite_control::client::Client;
 use secondsite_control::pki::Identity;
@@ -31,17 +31,15 @@ impl TargetSide {
         self.target
     }
 
-    /// Milliseconds since the data loop last went round.
-    pub fn idle_millis(&self) -> u64 {
-        self.target.idle_millis()
+    /// What metrics show of the data plane.
+    pub fn observe(&self) -> Observation {
+        self.target.observe()
     }
 
     /// One line for init.
     pub fn status(&self) -> String {
-        let report = self.target.report();
-        let connected = report.volumes.iter().filter(|volume| volume.connected).count();
-        let stopped = report.volumes.iter().filter(|volume| volume.error.is_some()).count();
-        let mut text = format!("{connected} of {} volumes connected", report.volumes.len());
+        let (volumes, connected, stopped) = self.target.counts();
+        let mut text = format!("{connected} of {volumes} volumes connected");
         if stopped > 0 {
             text += &format!(", {stopped} stopped");
         }
@@ -56,11 +54,8 @@ impl Side for TargetSide {
         let version = self.version.load(Ordering::Relaxed);
         let poll = client.target_poll(version, POLL_SECONDS).await?;
         if let Some(assignment) = poll.assignment {
-            tracing::info!(
-                "assignment {}: {} servers",
-                assignment.version,
-                assignment.servers.len()
-            );
+            let (version, servers) = (assignment.version, assignment.servers.len());
+            tracing::info!(version, servers, "new assignment");
             self.state.write::<TargetAssignment>(ASSIGNMENT, &assignment)?;
             self.version.store(assignment.version, Ordering::Relaxed);
             self.target.assign(assignment);

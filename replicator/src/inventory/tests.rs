@@ -1,8 +1,10 @@
 //! Inventories from recorded `lsblk` output.
 
-use super::{Facts, read};
+use super::{Facts, WaitsFor, bounded, read};
 use secondsite_control::api::InventoryDevice;
 use std::path::Path;
+use std::sync::{Mutex, mpsc};
+use std::time::Duration;
 
 /// A host as the fixtures were recorded on.
 struct Recorded {
@@ -90,4 +92,27 @@ fn loop_devices_and_hosts_without_udev_or_btf() {
 fn nothing_attached_is_an_empty_inventory() {
     assert!(inventory("", true).is_empty());
     assert!(read(b"{\"blockdevices\": 3}", &Recorded { ebpf: true }).is_err());
+}
+
+#[test]
+fn a_look_that_stalls_is_left_alone_until_it_ends() {
+    static WAITS_FOR: Mutex<Option<WaitsFor>> = Mutex::new(None);
+    let short = Duration::from_millis(1);
+    let (answer, device) = mpsc::channel::<()>();
+    let stalls = move || {
+        *super::lock(&WAITS_FOR) = Some(WaitsFor::Device("/dev/sdx".into()));
+        device.recv()
+    };
+    // The second does not even begin.
+    let first = bounded(&WAITS_FOR, short, stalls).unwrap_err();
+    assert!(["lsblk", "/dev/sdx"].contains(&first.as_str()), "{first}");
+    let began = |_| unreachable!("a second look began");
+    assert!(bounded(&WAITS_FOR, short, move || began(())).is_err());
+    answer.send(()).unwrap();
+    let patient = Duration::from_secs(10);
+    let found = std::iter::repeat_with(|| bounded(&WAITS_FOR, patient, || 7)).find_map(Result::ok);
+    assert_eq!(found, Some(7));
+    // One that panics stands in nobody's way.
+    assert!(bounded(&WAITS_FOR, patient, || panic!("a broken invariant")).is_err());
+    assert_eq!(bounded(&WAITS_FOR, patient, || 8).ok(), Some(8));
 }

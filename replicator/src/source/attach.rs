@@ -1,12 +1,15 @@
 //! From an assignment to a volume: opens the device, chooses the tracker, and adapts the tracker's
 //! types to the seams. The only module of the source that knows them.
 
+use crate::pulse;
 use crate::source::buffers::Memory;
+use crate::source::observation::Freezes;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
-use crate::source::seams::{Freeze, Tracker};
+use crate::source::seams::{DiskError, Freeze, Tracker};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{TrackerChoice, VolumeAssignment};
+use secondsite_control::codes::Reason;
 use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::{Audit, Ebpf};
 use secondsite_tracker::freeze::{Freezer, sync_file_system};
@@ -15,26 +18,29 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Opens what is assigned. The error is for people: what, why, and the remedy.
+/// Why a volume is not attached: its code, and for people what, why, and the remedy.
+pub type NotAttached = (Reason, String);
+
+/// Opens what is assigned.
 pub fn attach(
     assigned: &VolumeAssignment,
     pins: &Path,
     face: &Arc<Face>,
     memory: &Memory,
     coordinator: &Arc<Bell>,
-) -> Result<(Volume, Option<Arc<EbpfTracker>>), String> {
+) -> Result<(Volume, Option<Arc<EbpfTracker>>), NotAttached> {
     let path = PathBuf::from(&assigned.path);
-    let device = Device::open(&path).map_err(|error| error.to_string())?;
-    if device.size_bytes != assigned.size_bytes {
-        return Err(format!(
-            "{} has {} bytes, it was protected with {}: restore its size, or unprotect and protect it again",
-            assigned.path, device.size_bytes, assigned.size_bytes
-        ));
-    }
+    let device = Device::open(&path).map_err(|error| (Reason::DeviceGone, error.to_string()))?;
     let shape = Shape::new(device.size_bytes, assigned.block_bytes, &assigned.excluded);
-    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena)
-        .map_err(|error| error.to_string())?;
+    let read_bytes = face.read_bytes.clone();
+    let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena, read_bytes)
+        .map_err(|error| (error.code(), error.to_string()))?;
     let (ebpf, why_not) = choose(assigned, &device, pins)?;
+    // One that has grown since it was protected is followed as it is now. After the tracker, which
+    // notes a compare with its marks when it finds the device smaller than they are.
+    if device.size_bytes < assigned.size_bytes {
+        return Err(shrunk(&device, assigned.size_bytes));
+    }
     let compare_only = ebpf.is_none();
     let tracker: Arc<dyn Tracker> = match &ebpf {
         Some(ebpf) => ebpf.clone(),
@@ -42,7 +48,8 @@ pub fn attach(
     };
     face.update(|status| {
         status.tracker = if compare_only { "compare" } else { "ebpf" };
-        status.tracker_reason = why_not;
+        (status.tracker_code, status.tracker_reason) =
+            why_not.map_or_else(Default::default, |(code, why)| (Some(code), why));
     });
     let volume = Volume::new(
         face.clone(),
@@ -56,33 +63,44 @@ pub fn attach(
     Ok((volume, ebpf))
 }
 
+fn shrunk(device: &Device, before: u64) -> NotAttached {
+    let (path, now) = (device.path.clone(), device.size_bytes);
+    (Reason::DeviceShrunk, DiskError::Shrunk { path, before, now }.to_string())
+}
+
 /// The tracker, and why it is no better one.
 fn choose(
     assigned: &VolumeAssignment,
     device: &Device,
     pins: &Path,
-) -> Result<(Option<Arc<EbpfTracker>>, String), String> {
+) -> Result<(Option<Arc<EbpfTracker>>, Option<NotAttached>), NotAttached> {
     if assigned.tracker == TrackerChoice::Compare {
         remove_pins(pins);
-        return Ok((None, "asked for with --tracker compare".into()));
+        let why = (Reason::CompareAsked, "asked for with --tracker compare".into());
+        return Ok((None, Some(why)));
     }
     match Ebpf::supported() {
         Ok(()) => {
-            let (ebpf, start) = Ebpf::attach(device, assigned.block_bytes, pins)
-                .map_err(|error| error.to_string())?;
-            tracing::info!(device = %device.path.display(), ?start, "tracked by eBPF");
+            let (ebpf, start) =
+                Ebpf::attach(device, assigned.block_bytes, pins).map_err(|error| {
+                    match error.shrunk_from {
+                        Some(before) => shrunk(device, before),
+                        None => (Reason::TrackerFailed, error.to_string()),
+                    }
+                })?;
+            tracing::info!(volume = assigned.id, name = assigned.name,
+                device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
-            Ok((
-                Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })),
-                String::new(),
-            ))
+            Ok((Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })), None))
         }
-        Err(why) if assigned.tracker == TrackerChoice::Ebpf => Err(format!(
-            "--tracker ebpf cannot run here: {why}; --tracker auto would compare instead"
+        Err(why) if assigned.tracker == TrackerChoice::Ebpf => Err((
+            Reason::TrackerUnavailable,
+            format!("--tracker ebpf cannot run here: {why}; --tracker auto would compare instead"),
         )),
         Err(why) => {
-            Ok((None, format!("eBPF cannot run here: {why}; every cut compares everything")))
+            let why = format!("eBPF cannot run here: {why}; every cut compares everything");
+            Ok((None, Some((Reason::CompareNoEbpf, why))))
         }
     }
 }
@@ -128,11 +146,11 @@ impl Tracker for EbpfTracker {
         }
     }
     fn mounts(&self) -> Vec<PathBuf> {
-        let mounts = self.device.mounts().unwrap_or_default();
+        let mounts = pulse::outside(|| self.device.mounts()).unwrap_or_default();
         mounts.into_iter().filter(|mount| mount.freezable).map(|mount| mount.path).collect()
     }
     fn sync(&self, mount: &Path) -> Result<Duration, String> {
-        sync_file_system(mount).map_err(|error| error.to_string())
+        pulse::outside(|| sync_file_system(mount)).map_err(|error| error.to_string())
     }
     fn writes_in_flight(&self) -> bool {
         self.device.in_flight().map_or(true, |(_, writes)| writes > 0)
@@ -165,11 +183,29 @@ impl Tracker for CompareTracker {
     }
 }
 
-impl Freeze for Freezer {
+/// The freezer, with what came of its freezes.
+pub struct CountedFreezer {
+    /// The child.
+    pub freezer: Freezer,
+    /// For metrics.
+    pub freezes: Freezes,
+}
+
+impl Freeze for CountedFreezer {
     fn freeze(&mut self, mounts: &[PathBuf], limit: Duration) -> Result<(), String> {
-        Freezer::freeze(self, mounts, limit).map_err(|error| error.to_string())
+        let frozen = pulse::outside(|| self.freezer.freeze(mounts, limit));
+        frozen.map_err(|error| {
+            self.freezes.failed();
+            error.to_string()
+        })
     }
     fn thaw(&mut self) -> Result<(Duration, bool), String> {
-        Freezer::thaw(self).map_err(|error| error.to_string())
+        let thawed = pulse::outside(|| self.freezer.thaw());
+        // Counted only now: between freeze and thaw nothing is locked.
+        match &thawed {
+            Ok((took, true)) => self.freezes.durations.observe(took.as_secs_f64()),
+            Ok((_, false)) | Err(_) => self.freezes.failed(),
+        }
+        thawed.map_err(|error| error.to_string())
     }
 }

@@ -4,6 +4,7 @@
 //! owned by exactly one [`Buffer`], which goes home when dropped. Whoever has taken a buffer can
 //! always finish with it without taking another, so waiting for one cannot deadlock.
 
+use crate::pulse;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
@@ -99,7 +100,8 @@ impl Pool {
 
     /// A buffer, waiting for one at most this long.
     pub fn take(&self, patience: Duration) -> Option<Buffer> {
-        self.free.recv_timeout(patience).ok().map(|index| self.buffer(index))
+        let free = pulse::resting(patience, || self.free.recv_timeout(patience));
+        free.ok().map(|index| self.buffer(index))
     }
 }
 
@@ -163,5 +165,16 @@ impl Memory {
         let bulk = Pool::new(&arena, last_count..count);
         let last = Pool::new(&arena, 0..last_count);
         Ok(Self { arena, bulk, last, last_count })
+    }
+
+    /// What all buffers cost, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.arena.count as u64 * BUFFER_COST_BYTES
+    }
+
+    /// What those cost that are not free now.
+    pub fn used_bytes(&self) -> u64 {
+        let free = self.bulk.free.len() + self.last.free.len();
+        self.arena.count.saturating_sub(free) as u64 * BUFFER_COST_BYTES
     }
 }

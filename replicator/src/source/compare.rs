@@ -10,7 +10,6 @@ use crate::source::seams::LinkError;
 use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
 use crate::source::stream::read_in_order;
-use crate::source::volume::lock;
 use secondsite_format::limits::{BLOCK_BYTES_MIN, DIGESTS_MAX};
 use secondsite_format::message::{Reply, Request};
 use secondsite_tracker::marks::BlockRun;
@@ -114,7 +113,7 @@ impl Shipper {
         let mut doubtful = vec![false; theirs.len()];
         let run = [volume.shape.run(offset, bytes)];
         {
-            let mut bench = lock(&volume.bench);
+            let mut bench = volume.bench();
             let disk = bench.disk.as_mut();
             read_in_order(disk, &commons.memory.bulk, &volume, &run, |batch| {
                 for piece in &batch.pieces {
@@ -143,7 +142,7 @@ impl Shipper {
         let size = u64::from(volume.shape.block_bytes);
         let theirs = self.digests(offset, bytes, size)?;
         let run = [volume.shape.run(offset, bytes)];
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         let disk = bench.disk.as_mut();
         read_in_order(disk, &commons.memory.bulk, &volume, &run, |batch| {
             for (bad, len) in &batch.unreadable {

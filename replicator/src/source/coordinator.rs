@@ -141,8 +141,9 @@ impl Coordinator {
     }
 
     fn removed(&self, round: &Round, volumes: &[Arc<Volume>]) -> Vec<VolumeId> {
-        let here = |id: &VolumeId| volumes.iter().any(|volume| volume.id() == *id);
-        round.ids().filter(|id| !here(id)).collect()
+        // By the volume itself, not its id: one that was opened anew is another member.
+        let here = |member: &&Arc<Volume>| volumes.iter().any(|other| Arc::ptr_eq(other, member));
+        round.members().iter().filter(|member| !here(member)).map(|member| member.id()).collect()
     }
 
     /// What a round's point means for the orders that it was begun for.

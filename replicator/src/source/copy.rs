@@ -4,12 +4,13 @@
 //! target's, after an fsync; the source only proposes it, when everything below was sent.
 
 use crate::source::compare::Compare;
+use crate::source::pipeline::Purpose;
 use crate::source::seams::LinkError;
 use crate::source::ship::mark_all;
 use crate::source::shipper::{Shipper, StepError, Work};
 use crate::source::stream::encode;
-use crate::source::volume::lock;
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::{CutId, Epoch, SyncId};
 use secondsite_format::message::{Reply, Request};
@@ -55,6 +56,7 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::FirstCopy;
             status.progress = Some((at, total));
+            status.code = Some(Reason::FirstCopyRunning);
             status.reason =
                 "the first copy is on its way; there is a recovery point when it is complete"
                     .into();
@@ -80,17 +82,17 @@ impl Shipper {
         }
         let upto = (from + FLUSH_EVERY_BYTES).min(total);
         let runs = volume.shape.copied(from, upto - from);
-        let skip_zeros = session.reads_zero;
+        let purpose = Purpose::FirstCopy { skip_zeros: session.reads_zero };
         let generation = session.generation;
         let link = &mut session.link;
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         encode(
             bench.disk.as_mut(),
             &commons.memory.bulk,
             &commons.workers,
             &volume,
             &runs,
-            skip_zeros,
+            purpose,
             |encoded| {
                 for (offset, bytes) in &encoded.unreadable {
                     // Left out here, tried again as part of epoch 1.

@@ -2,6 +2,7 @@
 //!
 //! Blocking, half-duplex, owned by one shipper. [`Hangup`] ends it from another thread.
 
+use crate::pulse;
 use crate::source::seams::{Dial, Link, LinkError};
 use crate::source::volume::lock;
 use crate::wire::{Connection, WireError};
@@ -9,8 +10,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, StreamOwned};
 use secondsite_control::pki::{self, Identity, Role};
+use secondsite_format::FormatError;
 use secondsite_format::frame::{Frame, FrameKind};
-use secondsite_format::message::{Hello, Message, PROTOCOL, Reply, Welcome};
+use secondsite_format::message::{Hello, Message, Reply, Welcome};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,8 +23,12 @@ const TARGET_NAME: &str = "target.secondsite.internal";
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// How long an answer may take: the longest is a commit with its fsync.
 const REPLY_LIMIT: Duration = Duration::from_secs(60);
+/// How long a handshake that only asks may stand still.
+const REACH_LIMIT: Duration = Duration::from_secs(5);
 /// How long a send may stand still.
 const SEND_LIMIT: Duration = Duration::from_secs(30);
+/// How long the last message of a session may take to be handed to the kernel.
+const GOODBYE_LIMIT: Duration = Duration::from_millis(100);
 /// How long sent bytes may stay unacknowledged, milliseconds.
 const USER_TIMEOUT_MS: u32 = 30_000;
 /// When the kernel asks whether a silent peer lives, and how often, seconds.
@@ -88,6 +94,12 @@ impl TlsDial {
 
 impl Dial for TlsDial {
     fn dial(&mut self, hello: &Hello) -> Result<(Box<dyn Link>, Welcome), LinkError> {
+        pulse::outside(|| self.greet(hello))
+    }
+}
+
+impl TlsDial {
+    fn greet(&self, hello: &Hello) -> Result<(Box<dyn Link>, Welcome), LinkError> {
         let (target, identity) = {
             let place = lock(&self.place);
             (place.target.clone(), place.identity.clone())
@@ -102,13 +114,16 @@ impl Dial for TlsDial {
         let tls = handshake(stream, &identity).map_err(|error| named(&error))?;
         let mut link = TlsLink { connection: Connection::new(tls) };
         link.connection.send_message(hello)?;
-        let welcome: Welcome = link.connection.receive_message("welcome")?;
-        if welcome.protocol != PROTOCOL {
-            return Err(LinkError::Lost(format!(
-                "{target} speaks version {} of the protocol, this agent version {PROTOCOL}: upgrade the older side",
-                welcome.protocol
-            )));
-        }
+        let welcome: Welcome =
+            link.connection.receive_message("welcome").map_err(|error| match error {
+                WireError::Format(FormatError::Protocol { found, known }) => {
+                    LinkError::Lost(format!(
+                        "{target} speaks protocol {found}, this agent {known}: upgrade the older \
+                         side"
+                    ))
+                }
+                error => error.into(),
+            })?;
         Ok((Box::new(link), welcome))
     }
 }
@@ -146,16 +161,32 @@ fn handshake(mut stream: TcpStream, identity: &Identity) -> anyhow::Result<Tls> 
     }
 }
 
+/// Connects to a target as an agent would and says nothing: whether it is there and believes us.
+pub fn reach(target: &str, identity: &Identity) -> Result<(), String> {
+    let stream = connect(target).map_err(|error| error.to_string())?;
+    let tls = stream
+        .set_read_timeout(Some(REACH_LIMIT))
+        .map_err(anyhow::Error::from)
+        .and_then(|()| handshake(stream, identity));
+    tls.map(drop).map_err(|error| format!("{error:#}"))
+}
+
 struct TlsLink {
     connection: Connection<Tls>,
 }
 
 impl Link for TlsLink {
     fn send(&mut self, frame: &Frame) -> Result<(), LinkError> {
-        self.connection.send(frame).map_err(|error| self.explain(error))
+        pulse::outside(|| self.connection.send(frame).map_err(|error| self.explain(error)))
     }
 
     fn ask(&mut self, frame: &Frame) -> Result<Reply, LinkError> {
+        pulse::outside(|| self.converse(frame))
+    }
+}
+
+impl TlsLink {
+    fn converse(&mut self, frame: &Frame) -> Result<Reply, LinkError> {
         self.connection.send(frame).map_err(|error| self.explain(error))?;
         match self.connection.receive()? {
             Some(frame) if frame.header.kind == FrameKind::Reply => {
@@ -165,9 +196,7 @@ impl Link for TlsLink {
             None => Err(LinkError::Lost("the target closed the connection".into())),
         }
     }
-}
 
-impl TlsLink {
     /// A target that refuses closes while we still send: what it said last may be there to read.
     fn explain(&mut self, error: WireError) -> LinkError {
         if matches!(error, WireError::Io(_)) {
@@ -177,6 +206,16 @@ impl TlsLink {
             }
         }
         error.into()
+    }
+}
+
+impl Drop for TlsLink {
+    /// Says goodbye, so that the target can tell an end from a broken line; nobody waits for it.
+    fn drop(&mut self) {
+        let stream = self.connection.stream_mut();
+        let _ = stream.sock.set_write_timeout(Some(GOODBYE_LIMIT));
+        stream.conn.send_close_notify();
+        let _ = stream.conn.write_tls(&mut stream.sock);
     }
 }
 

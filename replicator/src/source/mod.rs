@@ -14,6 +14,7 @@ pub mod coordinator;
 mod copy;
 mod ledger;
 pub mod link;
+mod observation;
 pub mod orders;
 pub mod pipeline;
 mod proof;
@@ -29,9 +30,13 @@ mod threads;
 mod verify;
 pub mod volume;
 
+pub use crate::source::observation::{Observation, VolumeObservation};
+
+use crate::source::attach::CountedFreezer;
 use crate::source::buffers::Memory;
 use crate::source::coordinator::Protected;
 use crate::source::link::Where;
+use crate::source::observation::Freezes;
 use crate::source::orders::Orders;
 use crate::source::pipeline::Workers;
 use crate::source::threads::{Runner, VolumeThread};
@@ -41,6 +46,7 @@ use secondsite_control::pki::Identity;
 use secondsite_tracker::freeze::Freezer;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -68,6 +74,7 @@ pub struct Source {
     runner: Arc<Runner>,
     coordinator: Option<std::thread::JoinHandle<()>>,
     volumes: Mutex<BTreeMap<String, VolumeThread>>,
+    freezes: Freezes,
 }
 
 impl Source {
@@ -90,10 +97,11 @@ impl Source {
             changed: Arc::from(changed),
             clock: Arc::new(threads::SystemEnv::new()),
             stopping: false.into(),
-            beat_ms: 0.into(),
         });
-        let coordinator = Some(runner.clone().coordinate(config.freezer));
-        Self { runner, coordinator, volumes: Mutex::default() }
+        let freezes = Freezes::default();
+        let freezer = CountedFreezer { freezer: config.freezer, freezes: freezes.clone() };
+        let coordinator = Some(runner.clone().coordinate(freezer));
+        Self { runner, coordinator, volumes: Mutex::default(), freezes }
     }
 
     /// Follows this assignment from now on; volumes that it no longer has are stopped, their pins removed.
@@ -129,14 +137,37 @@ impl Source {
         }
     }
 
-    /// A renewed certificate.
-    pub fn set_identity(&self, identity: Arc<Identity>) {
-        lock(&self.runner.place).identity = Some(identity);
+    /// What metrics show.
+    pub fn observe(&self) -> Observation {
+        let sizes: BTreeMap<String, u64> = lock(&self.volumes)
+            .iter()
+            .map(|(id, thread)| (id.clone(), thread.assigned_bytes()))
+            .collect();
+        let protected = lock(&self.runner.protected);
+        let volumes = protected.faces.iter().map(|face| {
+            let running = protected.volumes.iter().find(|volume| volume.id() == face.id);
+            VolumeObservation {
+                name: face.name.clone(),
+                status: face.status(),
+                size_bytes: sizes.get(&face.id.to_string()).copied().unwrap_or(0),
+                backlog_bytes: running.map_or(0, |volume| volume.backlog_bytes()),
+                read_bytes: face.read_bytes.load(Ordering::Relaxed),
+            }
+        });
+        let memory = &self.runner.memory;
+        Observation {
+            volumes: volumes.collect(),
+            freezes: self.freezes.clone(),
+            memory_bytes: memory.bytes(),
+            memory_used_bytes: memory.used_bytes(),
+        }
     }
 
-    /// Milliseconds since the data loop last went round: feeds the watchdog.
-    pub fn idle_millis(&self) -> u64 {
-        self.runner.idle_millis()
+    /// A renewed certificate. Sessions begin anew with it: the target takes an epoch only from the
+    /// key of its own session.
+    pub fn set_identity(&self, identity: Arc<Identity>) {
+        lock(&self.runner.place).identity = Some(identity);
+        lock(&self.volumes).values().for_each(VolumeThread::redial);
     }
 
     /// Ends all threads; marking goes on in the kernel.
@@ -164,8 +195,10 @@ fn report(id: String, status: Status, backlog_bytes: u64) -> VolumeReport {
         id,
         phase: status.phase,
         reason: status.reason,
+        code: status.code,
         tracker: status.tracker.into(),
         tracker_reason: status.tracker_reason,
+        tracker_code: status.tracker_code,
         cut: status.cut.into(),
         progress_bytes: status.progress,
         backlog_bytes,

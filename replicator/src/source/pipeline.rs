@@ -16,14 +16,29 @@ use std::thread::JoinHandle;
 /// Most batches of one volume that are being read, digested or waiting to be sent.
 pub const JOBS_MAX: usize = 12;
 
+/// What a frame is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Part of an epoch: its digest goes into the manifest.
+    Epoch,
+    /// Part of a first copy, which no manifest covers.
+    FirstCopy {
+        /// Zeros need not travel: the replica volume reads as zero.
+        skip_zeros: bool,
+    },
+}
+
+/// Stands where no digest was asked for.
+const NO_DIGEST: [u8; 32] = [0; 32];
+
 /// A batch that was read and is to become a frame.
 pub struct Job {
     /// What was read.
     pub batch: Batch,
     /// The volume's shape.
     pub shape: Arc<Shape>,
-    /// Zeros need not travel at all.
-    pub skip_zeros: bool,
+    /// What it is made for.
+    pub purpose: Purpose,
     /// Where the result goes.
     pub reply: Sender<Encoded>,
 }
@@ -32,7 +47,7 @@ pub struct Job {
 pub struct Encoded {
     /// The batch's tag.
     pub tag: u64,
-    /// Body and content digest; none if nothing is to be sent.
+    /// Body and content digest (zero in a first copy); none if nothing is to be sent.
     pub body: Option<(Vec<u8>, [u8; 32])>,
     /// Offset of the first extent, bytes.
     pub offset: u64,
@@ -46,10 +61,15 @@ pub struct Encoded {
 
 impl Job {
     fn run(self) {
-        let Self { batch, shape, skip_zeros, reply } = self;
+        let Self { batch, shape, purpose, reply } = self;
         let runs = batch.pieces.iter().map(|p| shape.run(p.offset, p.bytes as u64)).collect();
+        let skip_zeros = purpose == Purpose::FirstCopy { skip_zeros: true };
         let content = content(&batch, shape.block_bytes as usize, skip_zeros);
-        let body = (!content.extents().is_empty()).then(|| (content.encode(), content.digest()));
+        let digest = || match purpose {
+            Purpose::Epoch => content.digest(),
+            Purpose::FirstCopy { .. } => NO_DIGEST,
+        };
+        let body = (!content.extents().is_empty()).then(|| (content.encode(), digest()));
         let offset = content.extents().first().map_or(0, |extent| extent.offset);
         let Batch { tag, unreadable, buffer, .. } = batch;
         // A volume that has gone away no longer wants it.

@@ -25,6 +25,9 @@ pub enum Doubt {
     Gap(usize, String),
     /// The cut of this member no longer stands.
     Fallen(usize),
+    /// This member has another size than the one that is followed: its blocks alone are no state
+    /// of it.
+    Resized(usize),
 }
 
 /// Sets buffers aside for the last passes of a volume; returns the bytes they hold.
@@ -107,6 +110,7 @@ pub fn prove(members: &mut [(&Volume, &mut Bench)]) -> Result<(), Doubt> {
         match volume.tracker.audit() {
             Audit::Good => {}
             Audit::Busy => return Err(Doubt::Busy(i)),
+            Audit::Resized => return Err(Doubt::Resized(i)),
             Audit::Gap(why) => return Err(Doubt::Gap(i, why)),
         }
     }

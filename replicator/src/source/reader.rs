@@ -5,6 +5,7 @@
 //! application: low I/O priority, and one request at a time while others have requests in flight.
 //! A request in flight owns its buffer until its completion was seen, also when dropped.
 
+use crate::pulse;
 use crate::source::buffers::Arena;
 use crate::source::seams::{Batch, Disk, DiskError};
 use io_uring::{IoUring, cqueue, opcode, types};
@@ -14,6 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Requests in flight: ordinary, and while the application's own are.
@@ -47,6 +49,8 @@ pub struct RingDisk {
     /// Where the volume starts on what is opened, bytes.
     base: u64,
     block_bytes: usize,
+    /// Counts what was read, for metrics.
+    read_bytes: Arc<AtomicU64>,
     ring: IoUring,
     registered: bool,
     /// Keeps the registered memory mapped for as long as the ring knows it.
@@ -63,7 +67,12 @@ pub struct RingDisk {
 
 impl RingDisk {
     /// Opens the device for reading.
-    pub fn open(device: Device, block_bytes: u32, arena: &Arc<Arena>) -> Result<Self, DiskError> {
+    pub fn open(
+        device: Device,
+        block_bytes: u32,
+        arena: &Arc<Arena>,
+        read_bytes: Arc<AtomicU64>,
+    ) -> Result<Self, DiskError> {
         let path = if device.disk_offset_bytes > 0 { &device.disk.2 } else { &device.path };
         let system = |what, error: std::io::Error| DiskError::System {
             path: path.clone(),
@@ -84,6 +93,7 @@ impl RingDisk {
         }
         Ok(Self {
             base: device.disk_offset_bytes,
+            read_bytes,
             file,
             block_bytes: block_bytes as usize,
             ring,
@@ -181,6 +191,8 @@ impl RingDisk {
     fn completed(&mut self, entry: &cqueue::Entry) -> Result<(), DiskError> {
         let request = self.flying[entry.user_data() as usize].take().expect("it was in flight");
         self.flying_bytes -= request.bytes as u64;
+        let read = entry.result().max(0).cast_unsigned();
+        self.read_bytes.fetch_add(u64::from(read), Ordering::Relaxed);
         let index = request.slot;
         let mut result = Ok(());
         match usize::try_from(entry.result()) {
@@ -219,7 +231,7 @@ impl RingDisk {
     /// A request failed: narrows it down to blocks (true: these were queued), or names the block.
     fn unreadable(&mut self, request: &Request, errno: i32) -> Result<bool, DiskError> {
         // Where the whole device is gone every block fails: that is another story.
-        self.check()?;
+        self.check_now()?;
         if errno == libc::ENODEV || errno == libc::ENXIO {
             return Err(self.gone(std::io::Error::from_raw_os_error(errno).to_string()));
         }
@@ -253,17 +265,48 @@ fn again(error: &std::io::Error) -> bool {
 
 impl Disk for RingDisk {
     fn check(&mut self) -> Result<(), DiskError> {
+        pulse::outside(|| self.check_now())
+    }
+
+    fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
+        pulse::outside(|| self.submit_now(batch))
+    }
+
+    fn wait(&mut self) -> Result<Batch, DiskError> {
+        pulse::outside(|| self.wait_now())
+    }
+
+    fn outstanding(&self) -> usize {
+        self.done.len() + self.slots.iter().filter(|slot| slot.is_some()).count()
+    }
+
+    fn urgent(&mut self, urgent: bool) {
+        self.urgent = urgent;
+        self.depth = DEPTH;
+    }
+
+    fn drain(&mut self) {
+        pulse::outside(|| self.drain_now());
+    }
+}
+
+/// The verbs of [`Disk`], which waits for them outside.
+impl RingDisk {
+    fn check_now(&mut self) -> Result<(), DiskError> {
         let now = Device::open(&self.device.path).map_err(|error| self.gone(error.cause))?;
         let same = |device: &Device| (device.major, device.minor, device.diskseq);
         if same(&now) != same(&self.device) {
             return Err(self.gone("another disk has taken its place"));
         }
-        if now.size_bytes != self.device.size_bytes {
-            return Err(DiskError::Resized {
-                path: self.device.path.clone(),
-                found: now.size_bytes,
-                expected: self.device.size_bytes,
-            });
+        let (path, before) = (self.device.path.clone(), self.device.size_bytes);
+        match now.size_bytes.cmp(&before) {
+            std::cmp::Ordering::Equal => {}
+            std::cmp::Ordering::Less => {
+                return Err(DiskError::Shrunk { path, before, now: now.size_bytes });
+            }
+            std::cmp::Ordering::Greater => {
+                return Err(DiskError::Grown { path, before, now: now.size_bytes });
+            }
         }
         // The file that is read, too: its node may be a new one for the same number.
         let mut bytes = 0;
@@ -276,7 +319,7 @@ impl Disk for RingDisk {
         Ok(())
     }
 
-    fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
+    fn submit_now(&mut self, batch: Batch) -> Result<(), DiskError> {
         let slot = match self.slots.iter().position(Option::is_none) {
             Some(slot) => slot,
             None => {
@@ -299,7 +342,7 @@ impl Disk for RingDisk {
         self.pump()
     }
 
-    fn wait(&mut self) -> Result<Batch, DiskError> {
+    fn wait_now(&mut self) -> Result<Batch, DiskError> {
         assert!(self.outstanding() > 0, "there is something to wait for");
         loop {
             if let Some(batch) = self.done.pop_front() {
@@ -310,16 +353,7 @@ impl Disk for RingDisk {
         }
     }
 
-    fn outstanding(&self) -> usize {
-        self.done.len() + self.slots.iter().filter(|slot| slot.is_some()).count()
-    }
-
-    fn urgent(&mut self, urgent: bool) {
-        self.urgent = urgent;
-        self.depth = DEPTH;
-    }
-
-    fn drain(&mut self) {
+    fn drain_now(&mut self) {
         self.queue.clear();
         while self.flying.iter().any(Option::is_some) {
             // A completion's own trouble no longer matters, but a ring that cannot be waited on

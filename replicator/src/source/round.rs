@@ -8,7 +8,8 @@ use crate::source::budget::FreezeBudget;
 use crate::source::buffers::{BUFFER_BYTES, Memory};
 use crate::source::proof::{Doubt, last_pass, prove, set_aside};
 use crate::source::seams::{Env, Freeze};
-use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume, lock};
+use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume};
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use std::path::PathBuf;
@@ -137,8 +138,8 @@ impl Round {
     }
 
     /// Its members.
-    pub fn ids(&self) -> impl Iterator<Item = VolumeId> + '_ {
-        self.members.iter().map(|volume| volume.id())
+    pub fn members(&self) -> &[Arc<Volume>] {
+        &self.members
     }
 
     /// Goes on without a volume that is no longer protected.
@@ -257,7 +258,7 @@ impl Round {
         }
         let share = self.share(tools.memory);
         let attempt = {
-            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             for (volume, bench) in tracked.iter().zip(&mut benches) {
                 set_aside(volume, bench, tools.memory, share);
             }
@@ -287,6 +288,7 @@ impl Round {
             Failure::Doubt(Doubt::Gap(i, why)) => {
                 // Stored before anything else: whatever ends this process, the compare is due.
                 tracked[i].marks().set_compare_due(true);
+                tracked[i].face.update(|status| status.audit_gaps += 1);
                 tracked[i].control().doubt = Some(format!("the tracker missed writes ({why})"));
                 tracked[i].give(Task::GiveUp("the tracker missed writes"));
                 self.members.retain(|volume| volume.id() != tracked[i].id());
@@ -297,9 +299,9 @@ impl Round {
                 self.members.retain(|volume| volume.id() != tracked[i].id());
                 false
             }
-            Failure::Disk(i) => {
+            Failure::Doubt(Doubt::Resized(i)) | Failure::Disk(i) => {
                 // The shipper looks at the disk itself before it goes on, and says what is wrong.
-                tracked[i].give(Task::GiveUp("the volume cannot be read"));
+                tracked[i].give(Task::GiveUp("the volume cannot be read, or has another size"));
                 self.members.retain(|volume| volume.id() != tracked[i].id());
                 false
             }
@@ -359,7 +361,7 @@ impl Round {
         let mut result = Err(Failure::Doubt(Doubt::Busy(0)));
         let mut trouble = None;
         {
-            let mut benches: Vec<_> = tracked.iter().map(|volume| lock(&volume.bench)).collect();
+            let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             for (volume, bench) in tracked.iter().zip(&mut benches) {
                 set_aside(volume, bench, tools.memory, share);
             }
@@ -430,8 +432,10 @@ impl Round {
                 if volume.compare_only { (CutMethod::Compare, false) } else { (method, exact) };
             let consistency = if exact { Consistency::Crash } else { Consistency::Fuzzy };
             let fuzzy = match (volume.compare_only, exact) {
-                (true, _) | (_, true) => String::new(),
-                _ => format!("the last point is fuzzy: {}", self.why),
+                (true, _) | (_, true) => None,
+                _ => {
+                    Some((Reason::LastPointFuzzy, format!("the last point is fuzzy: {}", self.why)))
+                }
             };
             volume.face.update(|status| status.fuzzy = fuzzy);
             volume.give(Task::Ship(Box::new(Verdict {
@@ -471,6 +475,10 @@ enum Failure {
 }
 
 fn attempt(volumes: &[Arc<Volume>], benches: &mut [MutexGuard<'_, Bench>]) -> Result<(), Failure> {
+    // One that is being closed may be opened anew any moment: its marks are no longer ours to take.
+    if let Some(i) = volumes.iter().position(|volume| volume.stopping()) {
+        return Err(Failure::Disk(i));
+    }
     for (i, (volume, bench)) in volumes.iter().zip(benches.iter_mut()).enumerate() {
         last_pass(volume, bench).map_err(|_| Failure::Disk(i))?;
     }

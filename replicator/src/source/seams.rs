@@ -4,6 +4,7 @@
 //! Nothing above this module makes a system call; nothing below it decides anything.
 
 use crate::source::buffers::Buffer;
+use secondsite_control::codes::Reason;
 use secondsite_format::frame::Frame;
 use secondsite_format::manifest::{PUBLIC_KEY_BYTES, SIGNATURE_BYTES};
 use secondsite_format::message::{Hello, Refusal, Reply, Welcome};
@@ -57,17 +58,27 @@ pub enum DiskError {
         /// What was seen.
         cause: String,
     },
-    /// Its size is not the one it was protected with.
-    #[error(
-        "{path} has {found} bytes, it was protected with {expected}: restore its size, or unprotect and protect it again"
-    )]
-    Resized {
+    /// It is larger than it was when it was opened: it has to be opened anew, and all is well.
+    #[error("{path} has grown from {before} to {now} bytes; the new part is taken in")]
+    Grown {
         /// The device node.
         path: PathBuf,
+        /// Bytes when it was opened.
+        before: u64,
         /// Bytes now.
-        found: u64,
-        /// Bytes when protected.
-        expected: u64,
+        now: u64,
+    },
+    /// It is smaller than it was.
+    #[error(
+        "{path} has shrunk from {before} to {now} bytes, and a volume never becomes smaller: it is stopped; its replica and its recovery points stay as they are. Give the device at least {before} bytes again, and replication goes on by itself after a compare; or end it with: secondsite unprotect"
+    )]
+    Shrunk {
+        /// The device node.
+        path: PathBuf,
+        /// Bytes before.
+        before: u64,
+        /// Bytes now.
+        now: u64,
     },
     /// The system refuses an operation.
     #[error("{path}: {what}: {cause}")]
@@ -79,6 +90,18 @@ pub enum DiskError {
         /// Its error.
         cause: String,
     },
+}
+
+impl DiskError {
+    /// Its code for people.
+    pub fn code(&self) -> Reason {
+        match self {
+            Self::Gone { .. } => Reason::DeviceGone,
+            Self::Grown { .. } => Reason::DeviceGrown,
+            Self::Shrunk { .. } => Reason::DeviceShrunk,
+            Self::System { .. } => Reason::DeviceUnreadable,
+        }
+    }
 }
 
 /// The volume, for reading. Batches complete in any order; an unreadable block is no error.

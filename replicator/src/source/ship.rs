@@ -5,11 +5,13 @@
 //! what it had taken and not recorded.
 
 use crate::source::ledger::Ledger;
+use crate::source::pipeline::Purpose;
 use crate::source::runs::{merge, subtract};
 use crate::source::seams::{Batch, LinkError};
 use crate::source::shipper::{Session, Shipper, StepError};
 use crate::source::stream::{encode, encode_batches};
-use crate::source::volume::{Bench, Verdict, lock};
+use crate::source::volume::{Bench, Verdict};
+use secondsite_control::codes::Reason;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::Epoch;
 use secondsite_format::limits::UNREADABLE_MAX;
@@ -30,7 +32,7 @@ impl Shipper {
     pub(super) fn pass(&mut self) -> Result<(), StepError> {
         self.begin_ledger();
         let volume = self.volume.clone();
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         bench.disk.check()?;
         bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
@@ -65,7 +67,7 @@ impl Shipper {
             &commons.workers,
             &volume,
             runs,
-            false,
+            Purpose::Epoch,
             |encoded| {
                 let (session, ledger) = self.parts()?;
                 if let Some((body, digest)) = encoded.body {
@@ -191,7 +193,7 @@ impl Shipper {
     fn encode_last_pass(&mut self) -> Result<(), StepError> {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
-        let mut bench = lock(&volume.bench);
+        let mut bench = volume.bench();
         bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
         if let Some(verify) = &mut self.verify {
@@ -223,7 +225,7 @@ impl Shipper {
                 "the cut no longer stood when it was to be signed".into(),
             ));
         }
-        let unreadable = lock(&volume.bench).unreadable.clone();
+        let unreadable = volume.bench().unreadable.clone();
         for (offset, bytes) in &unreadable {
             // Before anything is signed, so that no crash after the commit can lose these bits:
             // the epoch lacks them, and the next one tries again.
@@ -233,13 +235,18 @@ impl Shipper {
         if let Some((offset, bytes)) = unreadable.first() {
             let (count, path) = (unreadable.len(), volume.path.display());
             volume.face.update(|status| {
-                status.fuzzy = format!(
+                let why = format!(
                     "{path}: {count} range(s) cannot be read, the first at byte {offset} ({bytes} bytes): points lack them and are fuzzy; they are tried again with every epoch, check the disk"
                 );
+                status.fuzzy = Some((Reason::BlocksUnreadable, why));
             });
         }
         let exact = unreadable.is_empty() && verdict.consistency != Consistency::Fuzzy;
-        volume.control().exact = exact;
+        {
+            let mut control = volume.control();
+            control.exact = exact;
+            control.signed_ns = Some(verdict.cut_time_ns);
+        }
         let manifest = Manifest {
             server: commons.server,
             volume: volume.id(),

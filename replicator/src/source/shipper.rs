@@ -13,8 +13,9 @@ use crate::source::pipeline::Workers;
 use crate::source::resume::{Known, Next, plan};
 use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
 use crate::source::verify::Verify;
-use crate::source::volume::{Outcome, Task, VerifyState, Volume, lock};
+use crate::source::volume::{Outcome, Task, VerifyState, Volume};
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
 use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
 use std::sync::Arc;
@@ -97,6 +98,7 @@ pub struct Shipper {
     /// The doubt was counted in the report.
     counted: bool,
     lost_disk: bool,
+    grown: bool,
 }
 
 impl Shipper {
@@ -120,6 +122,7 @@ impl Shipper {
             doubt: String::new(),
             counted: false,
             lost_disk: false,
+            grown: false,
             commons,
         }
     }
@@ -136,6 +139,11 @@ impl Shipper {
     /// The volume cannot be read any more: it must be opened anew.
     pub fn lost_disk(&self) -> bool {
         self.lost_disk
+    }
+
+    /// It must be opened anew because it has grown: at once.
+    pub fn grown(&self) -> bool {
+        self.grown
     }
 
     fn work(&mut self) -> Result<Duration, StepError> {
@@ -166,7 +174,7 @@ impl Shipper {
         if now < due {
             return Ok(due - now);
         }
-        lock(&self.volume.bench).disk.check()?;
+        self.volume.bench().disk.check()?;
         match self.ask(&Request::Ping)? {
             Reply::Alive => Ok(PING_EVERY),
             _ => Err(LinkError::Nonsense("a ping was not answered as such").into()),
@@ -217,7 +225,7 @@ impl Shipper {
         if now < self.dial_at {
             return Ok(self.dial_at - now);
         }
-        lock(&self.volume.bench).disk.check()?;
+        self.volume.bench().disk.check()?;
         let hello = Hello {
             protocol: PROTOCOL,
             server: self.commons.server,
@@ -256,7 +264,7 @@ impl Shipper {
             volume_bytes: self.volume.shape.volume_bytes,
         };
         let plan = plan(&known, welcome);
-        tracing::debug!(volume = %self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
+        tracing::debug!(volume = %self.volume.face.id, name = self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
         if plan.committed {
             self.committed(welcome.durable, welcome.chain);
             let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
@@ -300,7 +308,7 @@ impl Shipper {
         {
             // These blocks are taken, but the frames that held them never arrived: a later pass
             // takes and reads them again, and a higher pass wins.
-            let _bench = lock(&self.volume.bench);
+            let _bench = self.volume.bench();
             ledger.rewind(next).into_iter().for_each(|run| marks.mark(run));
         }
         if plan.nothing_to_compare {
@@ -327,14 +335,16 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Following;
             status.progress = None;
-            status.reason = if status.give_ups >= GIVE_UPS_ALARM {
-                format!(
+            let why = if status.give_ups >= GIVE_UPS_ALARM {
+                let reason = format!(
                     "{} epochs in a row could not be finished: see the agent's log, and check the network and the target's space",
                     status.give_ups
-                )
+                );
+                Some((Reason::EpochsGivenUp, reason))
             } else {
                 status.fuzzy.clone()
             };
+            (status.code, status.reason) = why.map_or_else(Default::default, |(code, reason)| (Some(code), reason));
         });
         self.settle();
     }
@@ -362,19 +372,33 @@ impl Shipper {
         self.durable = durable;
         self.chain = chain;
         self.ledger = None;
-        {
+        let (signed, exact) = {
             let mut control = self.volume.control();
             control.cut = None;
             control.commits += 1;
-        }
-        self.volume.face.update(|status| status.give_ups = 0);
+            (control.signed_ns.take(), control.exact)
+        };
+        self.volume.face.update(|status| {
+            status.give_ups = 0;
+            // One that an earlier process signed is not ours to describe.
+            let Some(signed_ns) = signed else { return };
+            status.newest_point_ns = signed_ns;
+            if exact {
+                status.points_exact += 1;
+                status.newest_exact_ns = signed_ns;
+            } else {
+                status.points_fuzzy += 1;
+            }
+        });
     }
 
     /// Gives up the epoch: what it had taken is live again, and a later cut takes all of it.
     pub(super) fn give_up(&mut self, why: &str) {
-        tracing::warn!(volume = %self.volume.face.name, why, "epoch given up");
+        let (face, cut) = (&self.volume.face, self.volume.marks().cut());
+        tracing::warn!(volume = %face.id, name = face.name, epoch = cut.epoch,
+            cut = %CutId(cut.cut_id), why, "epoch given up");
         {
-            let mut bench = lock(&self.volume.bench);
+            let mut bench = self.volume.bench();
             self.volume.marks().give_up();
             bench.held.clear();
             bench.reserved.clear();
@@ -384,8 +408,12 @@ impl Shipper {
         control.cut = None;
         control.task = None;
         control.outcome = Outcome::Dropped(why.into());
+        control.signed_ns = None;
         drop(control);
-        self.volume.face.update(|status| status.give_ups += 1);
+        self.volume.face.update(|status| {
+            status.give_ups += 1;
+            status.give_ups_total += 1;
+        });
         self.volume.coordinator.ring();
     }
 
@@ -400,7 +428,8 @@ impl Shipper {
     /// after this.
     pub(super) fn rebase(&self) {
         if let Err(error) = self.volume.tracker.rebase() {
-            tracing::warn!(volume = %self.volume.face.name, error, "audit cannot start anew");
+            let face = &self.volume.face;
+            tracing::warn!(volume = %face.id, name = face.name, error, "audit cannot start anew");
         }
     }
 
@@ -433,6 +462,7 @@ impl Shipper {
         self.volume.face.update(|status| {
             status.phase = VolumePhase::Comparing;
             status.progress = Some(compare.progress());
+            status.code = Some(Reason::MarksInDoubt);
             status.reason =
                 format!("{}; source and target are compared, only differences travel", self.doubt);
         });
@@ -481,6 +511,8 @@ impl Shipper {
                 let cut_id = self.volume.control().cut;
                 self.give_up(&why);
                 let dropped = cut_id.map_or(Ok(()), |cut_id| self.drop_staged(cut_id));
+                // What was given up may have been so because of the disk.
+                let dropped = dropped.and_then(|()| Ok(self.volume.bench().disk.check()?));
                 return match dropped {
                     Ok(()) => {
                         self.followed();
@@ -491,10 +523,20 @@ impl Shipper {
             }
             StepError::Disk(error) => {
                 self.hang_up(now);
-                if self.volume.control().cut.is_some() {
-                    self.give_up("the volume cannot be read");
+                if matches!(error, DiskError::Shrunk { .. }) {
+                    // Before anything else: what comes back with the size was written by nobody.
+                    self.volume.marks().set_compare_due(true);
                 }
-                self.stopped(error.to_string(), now);
+                if self.volume.control().cut.is_some() {
+                    self.give_up("the volume is opened anew");
+                }
+                self.grown = matches!(error, DiskError::Grown { .. });
+                if self.grown {
+                    tracing::info!(volume = %self.volume.face.name, %error, "opened anew");
+                    self.away(error.code(), error.to_string(), now);
+                } else {
+                    self.stopped(error.code(), error.to_string(), now);
+                }
                 self.lost_disk = true;
             }
             StepError::Link(LinkError::Refused(refusal)) => {
@@ -508,14 +550,16 @@ impl Shipper {
                     self.give_up("the target refused the epoch");
                 }
                 if refusal.code.retry() {
-                    self.away(format!("the target refuses for now: {}", refusal.message), now);
+                    let why = format!("the target refuses for now: {}", refusal.message);
+                    self.away(refused(refusal.code), why, now);
                 } else {
-                    self.stopped(refusal.message, now);
+                    self.stopped(refused(refusal.code), refusal.message, now);
                 }
             }
             StepError::Link(error) => {
                 self.hang_up(now);
                 self.away(
+                    Reason::NoSession,
                     format!("no session with the target ({error}); it is tried again by itself"),
                     now,
                 );
@@ -538,15 +582,32 @@ impl Shipper {
         }
     }
 
-    fn away(&mut self, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Connecting, reason);
+    fn away(&mut self, code: Reason, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Connecting, code, reason);
         self.dial_at = now + self.backoff.next(&self.commons.env.random());
         self.volume.coordinator.ring();
     }
 
-    fn stopped(&mut self, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Stopped, reason);
+    fn stopped(&mut self, code: Reason, reason: String, now: Duration) {
+        self.volume.face.phase(VolumePhase::Stopped, code, reason);
         self.dial_at = now + REFUSED_EVERY;
         self.volume.coordinator.ring();
+    }
+}
+
+/// What a refusal of the target means for the volume.
+fn refused(code: RefusalCode) -> Reason {
+    match code {
+        RefusalCode::Protocol => Reason::VersionMismatch,
+        RefusalCode::NotAllowed => Reason::NotAssigned,
+        RefusalCode::OtherMachine => Reason::OtherMachine,
+        RefusalCode::Mismatch => Reason::VolumeMismatch,
+        RefusalCode::OutOfOrder | RefusalCode::Malformed | RefusalCode::Unproven => {
+            Reason::EpochRefused
+        }
+        RefusalCode::NoSpace => Reason::TargetFull,
+        RefusalCode::Storage => Reason::TargetStorage,
+        RefusalCode::Replaced => Reason::SessionReplaced,
+        RefusalCode::Stopping => Reason::TargetRestarting,
     }
 }

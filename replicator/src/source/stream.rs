@@ -6,7 +6,7 @@
 //! flight is waited for and dropped before the loop returns.
 
 use crate::source::buffers::{Buffer, Pool};
-use crate::source::pipeline::{Encoded, JOBS_MAX, Job, Workers};
+use crate::source::pipeline::{Encoded, JOBS_MAX, Job, Purpose, Workers};
 use crate::source::runs::{Packer, Shape};
 use crate::source::seams::{Batch, Disk};
 use crate::source::shipper::StepError;
@@ -98,7 +98,7 @@ pub fn encode(
     workers: &Workers,
     volume: &Volume,
     runs: &[BlockRun],
-    skip_zeros: bool,
+    purpose: Purpose,
     mut sink: impl FnMut(Encoded) -> Result<(), StepError>,
 ) -> Result<(), StepError> {
     let (reply, encoded) = bounded(JOBS_MAX);
@@ -113,7 +113,7 @@ pub fn encode(
             if disk.outstanding() > 0 {
                 let batch = disk.wait()?;
                 let shape: Arc<Shape> = volume.shape.clone();
-                workers.submit(Job { batch, shape, skip_zeros, reply: reply.clone() });
+                workers.submit(Job { batch, shape, purpose, reply: reply.clone() });
                 jobs += 1;
             } else {
                 sink(received(&encoded))?;
@@ -141,7 +141,7 @@ pub fn encode_batches(
     let count = batches.len();
     for batch in batches {
         let shape = volume.shape.clone();
-        workers.submit(Job { batch, shape, skip_zeros: false, reply: reply.clone() });
+        workers.submit(Job { batch, shape, purpose: Purpose::Epoch, reply: reply.clone() });
     }
     (0..count).try_for_each(|_| sink(received(&encoded)))
 }

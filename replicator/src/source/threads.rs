@@ -3,27 +3,30 @@
 //! A volume's thread opens the device, then steps its shipper; whatever fails is said in the report
 //! and tried again. Ending leaves the pins; a volume that is no longer assigned takes them along.
 
-use crate::source::attach::{EbpfTracker, attach, remove_pins};
+use crate::pulse;
+use crate::source::attach::{CountedFreezer, EbpfTracker, attach, remove_pins};
 use crate::source::buffers::Memory;
 use crate::source::coordinator::{Coordinator, Protected};
 use crate::source::link::{Hangup, TlsDial, Where};
 use crate::source::orders::Orders;
 use crate::source::pipeline::Workers;
 use crate::source::seams::{Env, Signer};
-use crate::source::shipper::{Commons, REFUSED_EVERY, Shipper};
+use crate::source::shipper::{Commons, Shipper};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{AgentAssignment, VolumeAssignment, VolumePhase};
 use secondsite_format::ids::{ServerId, VolumeId};
-use secondsite_tracker::freeze::Freezer;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The longest that a thread waits without looking around.
 const WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// A device that cannot be opened, or whose disk was lost, is looked at again this often.
+const REOPEN_EVERY: Duration = Duration::from_secs(5);
 
 /// The system's clock and random source.
 pub struct SystemEnv {
@@ -96,6 +99,16 @@ impl VolumeThread {
         }
     }
 
+    /// Ends its session; it dials again.
+    pub fn redial(&self) {
+        self.ending.hangup.redial();
+    }
+
+    /// Size of the volume, as assigned.
+    pub fn assigned_bytes(&self) -> u64 {
+        self.assigned.size_bytes
+    }
+
     /// Its handle, to wait for its end.
     pub fn into_handle(self) -> Option<JoinHandle<()>> {
         self.handle
@@ -115,12 +128,11 @@ pub struct Runner {
     pub(super) changed: Arc<dyn Fn() + Send + Sync>,
     pub(super) clock: Arc<SystemEnv>,
     pub(super) stopping: AtomicBool,
-    pub(super) beat_ms: AtomicU64,
 }
 
 impl Runner {
     /// Starts the coordinator's thread.
-    pub(super) fn coordinate(self: Arc<Self>, freezer: Freezer) -> JoinHandle<()> {
+    pub(super) fn coordinate(self: Arc<Self>, freezer: CountedFreezer) -> JoinHandle<()> {
         let mut coordinator = Coordinator::new(
             self.clock.clone(),
             self.memory.clone(),
@@ -130,21 +142,14 @@ impl Runner {
             self.changed.clone(),
         );
         let run = move || {
+            let _joined = pulse::join("the coordinator");
             while !self.stopping.load(Ordering::Acquire) {
-                self.beat();
+                pulse::beat();
                 let wait = coordinator.step();
                 self.bell.wait(wait.min(WAIT_MAX));
             }
         };
         std::thread::Builder::new().name("coordinator".into()).spawn(run).expect("a thread")
-    }
-
-    fn beat(&self) {
-        self.beat_ms.store(self.clock.now().as_millis() as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn idle_millis(&self) -> u64 {
-        (self.clock.now().as_millis() as u64).saturating_sub(self.beat_ms.load(Ordering::Relaxed))
     }
 
     pub(super) fn end(&self) {
@@ -168,9 +173,15 @@ impl Runner {
         let mut ended: BTreeMap<String, JoinHandle<()>> = BTreeMap::new();
         threads.retain(|id, thread| {
             let still = volumes.iter().find(|volume| volume.id == *id);
-            if still == Some(&thread.assigned) {
+            // How far it goes says the device itself; a size that control has learned since is no
+            // other volume.
+            let same = |volume: &VolumeAssignment| {
+                let size_bytes = thread.assigned.size_bytes;
+                VolumeAssignment { size_bytes, ..volume.clone() } == thread.assigned
+            };
+            if still.is_some_and(same) {
                 if moved {
-                    thread.ending.hangup.redial();
+                    thread.redial();
                 }
                 return true;
             }
@@ -250,6 +261,7 @@ impl Runner {
             if let Some(before) = before {
                 let _ = before.join();
             }
+            let _joined = pulse::join(format!("the shipper of {}", thread.assigned.name));
             thread.run();
         };
         let name = format!("ship {}", assigned.name);
@@ -276,16 +288,24 @@ impl Thread {
             // What an earlier attempt opened is closed before it is opened anew.
             tracker = None;
             let (memory, bell) = (&self.runner.memory, &self.runner.bell);
-            match attach(&self.assigned, &pins, &self.face, memory, bell) {
+            match pulse::outside(|| attach(&self.assigned, &pins, &self.face, memory, bell)) {
                 Ok((volume, ebpf)) => {
                     let volume = Arc::new(volume);
-                    self.ship(&volume);
+                    let grown = self.ship(&volume);
                     self.withdraw(&volume);
+                    if !grown && !self.ended() {
+                        // Its disk was lost: opened anew later, perhaps it is back.
+                        self.ending.bell.wait(REOPEN_EVERY);
+                    }
                     tracker = ebpf;
                 }
-                Err(reason) => {
-                    self.face.phase(VolumePhase::Stopped, reason);
-                    self.ending.bell.wait(REFUSED_EVERY);
+                Err((code, reason)) => {
+                    if self.face.status().reason != reason {
+                        let (volume, name) = (&self.assigned.id, &self.assigned.name);
+                        tracing::error!(volume, name, "stopped: {reason}");
+                    }
+                    self.face.phase(VolumePhase::Stopped, code, reason);
+                    self.ending.bell.wait(REOPEN_EVERY);
                 }
             }
         }
@@ -298,7 +318,8 @@ impl Thread {
         self.ending.end.load(Ordering::Acquire)
     }
 
-    fn ship(&self, volume: &Arc<Volume>) {
+    /// Ships until the thread is to end or the disk is lost; whether the volume has only grown.
+    fn ship(&self, volume: &Arc<Volume>) -> bool {
         let commons = Commons {
             env: self.runner.clock.clone(),
             memory: self.runner.memory.clone(),
@@ -313,23 +334,21 @@ impl Thread {
         lock(&self.runner.protected).volumes.push(volume.clone());
         self.runner.bell.ring();
         while !self.ended() && !shipper.lost_disk() {
+            pulse::beat();
             let wait = shipper.step();
             if !wait.is_zero() {
                 volume.bell.wait(wait.min(WAIT_MAX));
             }
         }
+        shipper.grown()
     }
 
     /// Takes the volume from the coordinator.
     fn withdraw(&self, volume: &Arc<Volume>) {
-        volume.stop();
         *lock(&self.running) = None;
         lock(&self.runner.protected).volumes.retain(|other| !Arc::ptr_eq(other, volume));
+        volume.close();
         self.runner.bell.ring();
-        if !self.ended() {
-            // Its disk was lost: opened anew later, perhaps it is back.
-            self.ending.bell.wait(REFUSED_EVERY);
-        }
     }
 
     fn remove(&self, tracker: Option<Arc<EbpfTracker>>, pins: &std::path::Path) {

@@ -6,15 +6,17 @@
 //! Lock order: `bench`, then `control`, then `status`. Every take from the live bitmap and every
 //! giving up happens under `bench`: a take that overlapped a giving up could lose a bit.
 
+use crate::pulse;
 use crate::source::buffers::Buffer;
 use crate::source::runs::Shape;
 use crate::source::seams::{Batch, Disk, Tracker};
 use secondsite_control::api::VolumePhase;
+use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, Epoch, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use secondsite_tracker::marks::{BlockRun, Marks};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +83,8 @@ pub struct Control {
     pub commits: u64,
     /// Whether the last manifest that was signed says "exact".
     pub exact: bool,
+    /// When its cut was made; none once it is committed.
+    pub signed_ns: Option<u64>,
     /// A doubt about the tracker, for people: a compare follows.
     pub doubt: Option<String>,
     /// A verify waits for further cuts.
@@ -126,10 +130,14 @@ pub struct Status {
     pub phase: VolumePhase,
     /// Why it is not simply following.
     pub reason: String,
+    /// The same as a code.
+    pub code: Option<Reason>,
     /// `ebpf`, `compare`, `none`.
     pub tracker: &'static str,
     /// Why no better one.
     pub tracker_reason: String,
+    /// The same as a code.
+    pub tracker_code: Option<Reason>,
     /// How the last cut was made.
     pub cut: &'static str,
     /// Done and total bytes of a first copy or compare.
@@ -138,10 +146,22 @@ pub struct Status {
     pub sent_bytes: u64,
     /// Bytes read for the epoch and not committed.
     pub compares: u64,
-    /// Why the last point was fuzzy; empty if it was exact.
-    pub fuzzy: String,
+    /// Why the last point was fuzzy; none if it was exact.
+    pub fuzzy: Option<(Reason, String)>,
     /// Epochs given up in a row.
     pub give_ups: u32,
+    /// And in all.
+    pub give_ups_total: u64,
+    /// Committed points that are exact, and that are not.
+    pub points_exact: u64,
+    /// See above.
+    pub points_fuzzy: u64,
+    /// When the newest committed point was cut, and the newest exact one; 0 before.
+    pub newest_point_ns: u64,
+    /// See above.
+    pub newest_exact_ns: u64,
+    /// Times the tracker was found to have missed writes.
+    pub audit_gaps: u64,
 }
 
 impl Default for Status {
@@ -149,14 +169,22 @@ impl Default for Status {
         Self {
             phase: VolumePhase::Connecting,
             reason: String::new(),
+            code: Some(Reason::Connecting),
             tracker: "none",
             tracker_reason: String::new(),
+            tracker_code: None,
             cut: "none",
             progress: None,
             sent_bytes: 0,
             compares: 0,
-            fuzzy: String::new(),
+            fuzzy: None,
             give_ups: 0,
+            give_ups_total: 0,
+            points_exact: 0,
+            points_fuzzy: 0,
+            newest_point_ns: 0,
+            newest_exact_ns: 0,
+            audit_gaps: 0,
         }
     }
 }
@@ -178,10 +206,8 @@ impl Bell {
     /// Waits for a ring, at most this long.
     pub fn wait(&self, limit: Duration) {
         let rung = lock(&self.rung);
-        let (mut rung, _) = self
-            .changed
-            .wait_timeout_while(rung, limit, |rung| !*rung)
-            .unwrap_or_else(PoisonError::into_inner);
+        let wait = || self.changed.wait_timeout_while(rung, limit, |rung| !*rung);
+        let (mut rung, _) = pulse::resting(limit, wait).unwrap_or_else(PoisonError::into_inner);
         *rung = false;
     }
 }
@@ -198,6 +224,8 @@ pub struct Face {
     pub id: VolumeId,
     /// Its name.
     pub name: String,
+    /// Bytes read from the volume.
+    pub read_bytes: Arc<AtomicU64>,
     status: Mutex<Status>,
     changed: Arc<dyn Fn() + Send + Sync>,
 }
@@ -205,7 +233,7 @@ pub struct Face {
 impl Face {
     /// Makes one; `changed` is called when the status changed.
     pub fn new(id: VolumeId, name: String, changed: Arc<dyn Fn() + Send + Sync>) -> Self {
-        Self { id, name, status: Mutex::default(), changed }
+        Self { id, name, read_bytes: Arc::default(), status: Mutex::default(), changed }
     }
 
     /// The status now.
@@ -226,10 +254,11 @@ impl Face {
     }
 
     /// A new phase with its reason.
-    pub fn phase(&self, phase: VolumePhase, reason: impl Into<String>) {
+    pub fn phase(&self, phase: VolumePhase, code: Reason, reason: impl Into<String>) {
         let reason = reason.into();
         self.update(|status| {
             status.phase = phase;
+            status.code = Some(code);
             status.reason = reason;
         });
     }
@@ -248,7 +277,7 @@ pub struct Volume {
     /// The device node, for messages.
     pub path: PathBuf,
     /// Disk and last passes.
-    pub bench: Mutex<Bench>,
+    bench: Mutex<Bench>,
     control: Mutex<Control>,
     /// Rung for the shipper.
     pub bell: Bell,
@@ -300,6 +329,11 @@ impl Volume {
         self.tracker.marks()
     }
 
+    /// Disk and last passes. Who holds it may be reading the disk.
+    pub fn bench(&self) -> MutexGuard<'_, Bench> {
+        pulse::outside(|| lock(&self.bench))
+    }
+
     /// The conversation between coordinator and shipper.
     pub fn control(&self) -> MutexGuard<'_, Control> {
         lock(&self.control)
@@ -307,8 +341,11 @@ impl Volume {
 
     /// Begins a cut, if the volume is ready for one.
     pub fn begin(&self, cut_id: CutId) -> bool {
-        let mut bench = lock(&self.bench);
+        let mut bench = self.bench();
         let mut control = self.control();
+        if self.stopping() {
+            return false;
+        }
         let Some(epoch) = control.ready.take() else { return false };
         // `ready` is set only when the session has settled what became of the cut before, and
         // when that one neither stands nor holds a taken bit.
@@ -361,6 +398,14 @@ impl Volume {
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Release);
         self.bell.ring();
+    }
+
+    /// After the shipper has ended: from now on nobody takes from these marks or begins a cut on
+    /// them, so that the volume may be opened anew. Both happen under the bench, and look at `stop`
+    /// there.
+    pub fn close(&self) {
+        self.stop();
+        drop(lock(&self.bench));
     }
 
     /// Whether the shipper is to end. Acquire pairs with the release in [`Self::stop`]; nothing

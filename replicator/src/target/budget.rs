@@ -4,6 +4,7 @@
 //! journal, and holds no lock while it waits. A request above the whole budget is granted when
 //! nothing else is held, so that a small budget slows down but never blocks for good.
 
+use crate::pulse;
 use std::sync::{Condvar, Mutex};
 
 /// See the module.
@@ -25,12 +26,18 @@ impl Budget {
         Self { bytes_max, held: Mutex::new(0), released: Condvar::new() }
     }
 
+    /// All of it and what is held, bytes.
+    pub fn state(&self) -> (u64, u64) {
+        let held = self.held.lock().expect("nothing panics while it holds the budget");
+        (self.bytes_max, *held)
+    }
+
     /// Waits for `bytes`.
     pub fn take(&self, bytes: u64) -> Grant<'_> {
         let held = self.held.lock().expect("nothing panics while it holds the budget");
-        let mut held = self
-            .released
-            .wait_while(held, |held| *held > 0 && *held + bytes > self.bytes_max)
+        let room = |held: &mut u64| *held > 0 && *held + bytes > self.bytes_max;
+        // Others hold it until their peers or the disk are done.
+        let mut held = pulse::outside(|| self.released.wait_while(held, room))
             .expect("nothing panics while it holds the budget");
         *held += bytes;
         Grant { budget: self, bytes }

@@ -7,6 +7,7 @@
 
 pub mod memory;
 
+use crate::pulse;
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -48,12 +49,14 @@ pub trait Disk: Send + Sync {
         SegmentBytes { enough: 16 << 20, max: 256 << 20 }
     }
 
-    /// The whole of a file of at most `bytes_max`, or none if there is no such file.
+    /// The whole of a file of at most `bytes_max` as the medium has it, or none if there is no such
+    /// file.
     fn read(&self, name: &str, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
         let file = match self.open(name) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             opened => opened?,
         };
+        file.settle()?;
         let bytes = file.bytes()?;
         if bytes > bytes_max {
             return Err(io::Error::new(ErrorKind::InvalidData, "it is larger than it can be"));
@@ -85,9 +88,9 @@ pub trait DiskFile: Send + Sync {
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Makes what was written durable. After an error nobody knows what is: stop.
     fn sync(&self) -> io::Result<()>;
-    /// For a file that a process now dead wrote: makes durable what it left in memory, and forgets
-    /// what memory holds of it, so that what is read from now on is what the storage has. (After a
-    /// failed sync memory still shows what never reached the storage, and the next sync succeeds.)
+    /// Makes durable what was written, also by a process before this one, and makes reads see the
+    /// medium instead of a cache: what is read after this does not go with the power. A cache
+    /// still shows what a failed sync has lost.
     fn settle(&self) -> io::Result<()>;
     /// Cuts or extends (with zeros) to `bytes`.
     fn truncate(&self, bytes: u64) -> io::Result<()>;
@@ -138,31 +141,35 @@ fn make_folder(path: &Path) -> io::Result<()> {
 
 impl Disk for Folder {
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
-        let entries = std::fs::read_dir(self.path.join(folder))?;
-        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        pulse::outside(|| {
+            let entries = std::fs::read_dir(self.path.join(folder))?;
+            entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        })
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        Ok(Arc::new(PlainFile { file: options.open(self.path.join(name))? }))
+        let file = pulse::outside(|| options.open(self.path.join(name)))?;
+        Ok(Arc::new(PlainFile { file }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).open(self.path.join(name))?;
+        let path = self.path.join(name);
+        let file = pulse::outside(|| OpenOptions::new().read(true).write(true).open(path))?;
         Ok(Arc::new(PlainFile { file }))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        std::fs::rename(self.path.join(from), self.path.join(to))
+        pulse::outside(|| std::fs::rename(self.path.join(from), self.path.join(to)))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        std::fs::remove_file(self.path.join(name))
+        pulse::outside(|| std::fs::remove_file(self.path.join(name)))
     }
 
     fn sync_names(&self, folder: &str) -> io::Result<()> {
-        File::open(self.path.join(folder))?.sync_all()
+        pulse::outside(|| File::open(self.path.join(folder))?.sync_all())
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
@@ -176,7 +183,7 @@ impl Disk for Folder {
 
 /// What an ordinary user may still write to the file system of `path`, bytes.
 pub fn free_bytes(path: &Path) -> io::Result<u64> {
-    let stat = nix::sys::statvfs::statvfs(path)?;
+    let stat = pulse::outside(|| nix::sys::statvfs::statvfs(path))?;
     Ok(stat.blocks_available() * stat.fragment_size())
 }
 
@@ -186,24 +193,24 @@ struct PlainFile {
 
 impl DiskFile for PlainFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+        pulse::outside(|| self.file.read_exact_at(buffer, offset))
     }
 
     fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(content, offset)
+        pulse::outside(|| self.file.write_all_at(content, offset))
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         use nix::fcntl::{FallocateFlags, fallocate};
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(&self.file, flags, offset as i64, bytes as i64) {
+        match pulse::outside(|| fallocate(&self.file, flags, offset as i64, bytes as i64)) {
             Err(nix::errno::Errno::EOPNOTSUPP) => write_zeros(&self.file, offset, bytes),
             done => Ok(done?),
         }
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        pulse::outside(|| self.file.sync_data())
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -211,7 +218,7 @@ impl DiskFile for PlainFile {
     }
 
     fn truncate(&self, bytes: u64) -> io::Result<()> {
-        self.file.set_len(bytes)
+        pulse::outside(|| self.file.set_len(bytes))
     }
 
     fn bytes(&self) -> io::Result<u64> {
@@ -221,7 +228,7 @@ impl DiskFile for PlainFile {
     fn next_data(&self, offset: u64) -> io::Result<u64> {
         use nix::unistd::{Whence, lseek};
         // The file position is used by nobody else: all other verbs name their offset.
-        match lseek(&self.file, offset as i64, Whence::SeekData) {
+        match pulse::outside(|| lseek(&self.file, offset as i64, Whence::SeekData)) {
             Ok(found) => Ok(found as u64),
             Err(nix::errno::Errno::ENXIO) => self.bytes(),
             Err(error) => Err(error.into()),
@@ -239,7 +246,6 @@ fn settle(file: &File) -> io::Result<()> {
 /// A block device, held exclusively.
 pub struct Device {
     file: File,
-    bytes: u64,
 }
 
 /// `BLKGETSIZE64`: `_IOR(0x12, 114, size_t)`, gives bytes.
@@ -256,29 +262,25 @@ impl Device {
         if !file.metadata()?.file_type().is_block_device() {
             return Err(io::Error::new(ErrorKind::InvalidInput, "not a block device"));
         }
-        let mut bytes = 0u64;
-        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
-        if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { file, bytes })
+        Ok(Self { file })
     }
 }
 
 impl DiskFile for Device {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
+        pulse::outside(|| self.file.read_exact_at(buffer, offset))
     }
 
     fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(content, offset)
+        pulse::outside(|| self.file.write_all_at(content, offset))
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let range = [offset, bytes];
         // SAFETY: the descriptor is open and BLKZEROOUT reads two u64 from the pointer given,
         // which outlives the call.
-        let done = unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) };
+        let zero = || unsafe { libc::ioctl(self.file.as_raw_fd(), BLKZEROOUT, range.as_ptr()) };
+        let done = pulse::outside(zero);
         if done == 0 {
             return Ok(());
         }
@@ -292,7 +294,7 @@ impl DiskFile for Device {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        pulse::outside(|| self.file.sync_data())
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -304,7 +306,12 @@ impl DiskFile for Device {
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        Ok(self.bytes)
+        let mut bytes = 0u64;
+        // SAFETY: the descriptor is open and BLKGETSIZE64 writes one u64 to the pointer given.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(bytes)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {
@@ -318,7 +325,7 @@ fn write_zeros(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes {
         let count = (bytes - done).min(CHUNK_BYTES);
-        file.write_all_at(&zeros[..count as usize], offset + done)?;
+        pulse::outside(|| file.write_all_at(&zeros[..count as usize], offset + done))?;
         done += count;
     }
     Ok(())

@@ -1,24 +1,20 @@
 //! One volume as a site knows it: what it should be, whether it is open, and whose turn it is.
 //!
-//! Invariants: at most one session sits at a volume; a newcomer ends it and waits until its thread
-//! has left, so that no two threads ever receive for one volume; of several newcomers the last
-//! wins.
+//! Invariants: at most one session sits at a volume; a newcomer ends it and waits until it has
+//! left, so that no two sessions ever receive for one volume; of several newcomers the last wins.
 
 use super::keeper::{Keeper, VolumeSpec};
 use super::replica;
 use super::session::SessionHandle;
 use super::volume::refuse;
+use crate::pulse;
 use secondsite_control::api::TargetVolumeReport;
 use secondsite_format::ids::VolumeId;
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
-
-/// An older session that has not left by itself in this time is cut off.
-const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
-/// A newcomer waits no longer than this: the older one's thread is stuck in the storage.
-const SEAT_TIMEOUT: Duration = Duration::from_secs(10);
+use std::time::Duration;
 
 /// Whether a volume can be used.
 pub enum Opened {
@@ -45,13 +41,30 @@ pub struct Entry {
     refused: Mutex<Option<String>>,
     seats: Mutex<Seats>,
     left: Condvar,
+    /// Counted for metrics.
+    pub(super) counts: Counts,
 }
 
+/// What happened to a volume since the start.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Epochs committed.
+    pub commits: AtomicU64,
+    /// Promotions into the replica volume.
+    pub promotions: AtomicU64,
+    /// Bytes of frames received.
+    pub received_bytes: AtomicU64,
+}
+
+/// A newcomer's place among those that want the seat.
+#[derive(Debug, Clone, Copy)]
+pub struct Ticket(u64);
+
 /// A session's right to the volume; given up when dropped.
-pub struct Seat<'a> {
+pub struct Seat {
     /// The volume.
     pub keeper: Arc<Keeper>,
-    entry: &'a Entry,
+    entry: Arc<Entry>,
 }
 
 impl Entry {
@@ -64,6 +77,7 @@ impl Entry {
             refused: Mutex::default(),
             seats: Mutex::default(),
             left: Condvar::new(),
+            counts: Counts::default(),
         }
     }
 
@@ -98,11 +112,11 @@ impl Entry {
         }
     }
 
-    /// Size and block size that are stored.
+    /// Size of the newest durable state, and block size.
     pub fn size(&self) -> Option<(u64, u32)> {
         let keeper = self.keeper()?;
         let volume = keeper.volume();
-        Some((volume.record().volume_bytes, volume.record().block_bytes))
+        Some((volume.durable_bytes(), volume.record().block_bytes))
     }
 
     /// The last refusal, or none if a session was welcomed since.
@@ -115,45 +129,61 @@ impl Entry {
         lock(&self.seats).session.clone()
     }
 
-    /// A seat for this session, once every older one has left.
-    pub fn seat(&self, handle: &Arc<SessionHandle>, hello: &Hello) -> Result<Seat<'_>, Refusal> {
-        let keeper = match &*lock(&self.opened) {
-            Opened::Open(keeper) => keeper.clone(),
-            Opened::Failed(why) => return Err(refuse(RefusalCode::Storage, why.clone())),
+    /// The open volume, or why no session can have it.
+    fn usable(&self) -> Result<Arc<Keeper>, Refusal> {
+        match &*lock(&self.opened) {
+            Opened::Open(keeper) => Ok(keeper.clone()),
+            Opened::Failed(why) => Err(refuse(RefusalCode::Storage, why.clone())),
             Opened::Pending => {
                 let message = "the volume's journal is still being checked after a start";
-                return Err(refuse(RefusalCode::Storage, message));
+                Err(refuse(RefusalCode::Storage, message))
             }
-        };
-        let replaced = || refuse(RefusalCode::Replaced, "a newer session of the volume took over");
-        let begun = Instant::now();
+        }
+    }
+
+    /// A session wants the seat: from now on it is the newest.
+    pub fn ask_seat(&self) -> Result<Ticket, Refusal> {
+        self.usable()?;
         let mut seats = lock(&self.seats);
         seats.newest += 1;
-        let ours = seats.newest;
         self.left.notify_all(); // others that wait see that they are not the newest any more
-        while let Some((older, _)) = seats.session.clone() {
-            older.end(replaced());
-            let (again, waited) = self
-                .left
-                .wait_timeout(seats, LEAVE_TIMEOUT)
-                .expect("nothing panics while it holds the seats");
-            seats = again;
-            if seats.newest != ours {
-                return Err(replaced());
-            }
-            if waited.timed_out() {
-                older.cut();
-            }
-            if begun.elapsed() > SEAT_TIMEOUT {
-                let message = "an older session of the volume still waits for the storage here";
-                return Err(refuse(RefusalCode::Storage, message));
-            }
-        }
-        if seats.newest != ours {
+        Ok(Ticket(seats.newest))
+    }
+
+    /// The seat, or none as long as an older session has it, which is told to end.
+    pub fn seat(
+        self: &Arc<Self>,
+        ticket: Ticket,
+        handle: &Arc<SessionHandle>,
+        hello: &Hello,
+    ) -> Result<Option<Seat>, Refusal> {
+        let keeper = self.usable()?;
+        let replaced = || refuse(RefusalCode::Replaced, "a newer session of the volume took over");
+        let mut seats = lock(&self.seats);
+        if seats.newest != ticket.0 {
             return Err(replaced());
         }
+        if let Some((older, _)) = &seats.session {
+            older.end(replaced());
+            return Ok(None);
+        }
         seats.session = Some((handle.clone(), hello.clone()));
-        Ok(Seat { keeper, entry: self })
+        drop(seats);
+        Ok(Some(Seat { keeper, entry: self.clone() }))
+    }
+
+    /// Waits until the older session has left or a newer one asks, at most so long; then the older
+    /// one is cut off.
+    pub fn wait_seat(&self, ticket: Ticket, limit: Duration) {
+        let ours = |seats: &mut Seats| seats.newest == ticket.0 && seats.session.is_some();
+        let wait = || self.left.wait_timeout_while(lock(&self.seats), limit, ours);
+        let (seats, waited) =
+            pulse::resting(limit, wait).expect("nothing panics while it holds the seats");
+        if waited.timed_out()
+            && let Some((older, _)) = &seats.session
+        {
+            older.cut();
+        }
     }
 
     /// The row of the report.
@@ -194,7 +224,7 @@ impl Entry {
     }
 }
 
-impl Drop for Seat<'_> {
+impl Drop for Seat {
     fn drop(&mut self) {
         lock(&self.entry.seats).session = None;
         self.entry.left.notify_all();

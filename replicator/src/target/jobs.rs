@@ -3,6 +3,7 @@
 //! A job waits at most once and never runs twice at the same time; one added while it runs, runs
 //! again afterwards. So the queue is bounded by the number of servers and volumes.
 
+use crate::pulse;
 use secondsite_format::ids::{ServerId, VolumeId};
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -52,7 +53,8 @@ impl Jobs {
                 state.running.push(job);
                 return Some(job);
             }
-            state = self.changed.wait(state).expect("nothing panics while it holds the queue");
+            let wait = || self.changed.wait(state);
+            state = pulse::outside(wait).expect("nothing panics while it holds the queue");
         }
     }
 

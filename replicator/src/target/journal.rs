@@ -107,9 +107,9 @@ pub enum HeaderError {
     },
 }
 
-/// Magic, version (u16), reserved (u16), number (u64), volume (16), XXH3-128 of these 32 bytes (16),
+/// The header of a segment: magic, version (u16), reserved (u16), number (u64), volume (16), XXH3-128 of these 32 bytes (16),
 /// zeros up to 512.
-fn segment_header(volume: VolumeId, number: u64) -> [u8; SEGMENT_HEADER_BYTES as usize] {
+pub fn segment_header(volume: VolumeId, number: u64) -> [u8; SEGMENT_HEADER_BYTES as usize] {
     let mut header = [0; SEGMENT_HEADER_BYTES as usize];
     header[..4].copy_from_slice(&MAGIC);
     header[4..6].copy_from_slice(&VERSION.to_le_bytes());

@@ -15,6 +15,7 @@ use super::space::Space;
 use super::state::{CopyRecord, StateError, StateRecord};
 use super::view::View;
 use super::volume::{CommitStep, DataStep, Verify, Volume, refuse};
+use crate::pulse;
 use secondsite_format::extent::{Content, ExtentKind};
 use secondsite_format::frame::Frame;
 use secondsite_format::ids::{CutId, ServerId, SyncId, VolumeId};
@@ -77,7 +78,6 @@ pub struct Keeper {
     volume: Mutex<Volume>,
     journal: Mutex<Journal>,
     verify: Verify,
-    volume_bytes: u64,
 }
 
 impl Keeper {
@@ -101,14 +101,13 @@ impl Keeper {
             }
             None => begin(&*disk, spec.ok_or(OpenError::Unknown)?)?,
         };
-        let volume_bytes = record.volume_bytes;
         let mut volume = Volume::new(record);
         let journal = recover::recover(&disk, &mut volume, verify)?;
         if replica.is_file {
             space.promise(volume.epochs().iter().map(|epoch| epoch.payload_bytes).sum());
         }
         let (volume, journal) = (Mutex::new(volume), Mutex::new(journal));
-        Ok(Self { disk, replica, space, volume, journal, verify, volume_bytes })
+        Ok(Self { disk, replica, space, volume, journal, verify })
     }
 
     /// The volume, for a moment: never hold it over I/O.
@@ -121,7 +120,8 @@ impl Keeper {
     }
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
-        self.journal.lock().unwrap_or_else(|poisoned| {
+        // Who holds it may be writing.
+        pulse::outside(|| self.journal.lock()).unwrap_or_else(|poisoned| {
             self.volume().stop(BROKEN.into());
             poisoned.into_inner()
         })
@@ -134,8 +134,12 @@ impl Keeper {
              restart the target",
             path.display()
         );
-        tracing::error!("{message}");
-        self.volume().stop(message.clone());
+        let (server, volume) = {
+            let mut held = self.volume();
+            held.stop(message.clone());
+            (held.record().server, held.record().volume)
+        };
+        tracing::error!(%server, %volume, "{message}");
         refuse(RefusalCode::Storage, message)
     }
 
@@ -148,6 +152,58 @@ impl Keeper {
             }
             _ => self.stop(operation, path, error),
         }
+    }
+
+    /// A session names the volume's size, which may have grown. Nothing durable changes by it once
+    /// the first copy is complete: the next commit makes it the volume's size.
+    pub fn name_bytes(&self, bytes: u64) -> Result<(), Refusal> {
+        let record = self.volume().record().clone();
+        self.volume().check_running()?;
+        if !bytes.is_multiple_of(512) || bytes > limits::VOLUME_BYTES_MAX {
+            let message = format!("no volume has {bytes} bytes");
+            return Err(refuse(RefusalCode::Mismatch, message));
+        }
+        if !self.replica.is_file {
+            self.check_room(bytes)?;
+        }
+        self.volume().name_bytes(bytes)?;
+        if self.volume().copied() || bytes == record.volume_bytes {
+            return Ok(());
+        }
+        // No point knows the old size: the first copy goes on over all of it. The file first: one
+        // that is longer than its record does no harm.
+        self.grow_replica(bytes)?;
+        self.sync_replica()?;
+        self.store(StateRecord { volume_bytes: bytes, ..record })
+    }
+
+    /// Whether a device is large enough for the volume.
+    pub(super) fn check_room(&self, bytes: u64) -> Result<(), Refusal> {
+        let path = &self.replica.path;
+        let found = self.replica.file.bytes();
+        let found = found.map_err(|error| self.stop("asking the size of", path, &error))?;
+        if found >= bytes {
+            return Ok(());
+        }
+        let message = format!(
+            "the volume has grown to {bytes} bytes, its replica volume {} has {found}: make that \
+             device at least as large (LVM: lvextend --size {bytes}b {0}), and replication goes on \
+             by itself; what is committed stays",
+            path.display()
+        );
+        Err(refuse(RefusalCode::Mismatch, message))
+    }
+
+    /// Makes a replica file at least so long; it reads as zero there.
+    pub(super) fn grow_replica(&self, bytes: u64) -> Result<(), Refusal> {
+        if !self.replica.is_file {
+            return self.check_room(bytes);
+        }
+        let grow = || match self.replica.file.bytes()? {
+            now if now >= bytes => Ok(()),
+            _ => self.replica.file.truncate(bytes),
+        };
+        grow().map_err(|error| self.failed("growing", &self.replica.path, &error))
     }
 
     /// What a new session is told.
@@ -203,7 +259,12 @@ impl Keeper {
         let end = journal.mark_committed();
         let mut volume = self.volume();
         volume.commit(&signed, frame.total_bytes(), end);
-        Ok(volume.committed_reply())
+        let reply = volume.committed_reply();
+        drop(volume);
+        let facts = &signed.manifest;
+        tracing::debug!(server = %facts.server, volume = %facts.volume, epoch = facts.epoch.0,
+            cut = %facts.cut_id, "epoch committed");
+        Ok(reply)
     }
 
     fn drop_staged(&self, journal: &mut Journal) -> Result<(), Refusal> {
@@ -240,12 +301,13 @@ impl Keeper {
             CopyRecord::Copying { sync: known, cursor } if known == sync => cursor,
             _ => 0,
         };
+        let volume_bytes = record.volume_bytes;
         // The cursor first: what lies beyond it is void, also if the power goes in between.
         self.store(StateRecord { copy: CopyRecord::Copying { sync, cursor }, ..record })?;
         // A file is made to read as zero from there on, so that zeros need not travel
         // (`Welcome::reads_zero`).
-        if self.replica.is_file && cursor < self.volume_bytes {
-            let zeroed = self.replica.file.zero(cursor, self.volume_bytes - cursor);
+        if self.replica.is_file && cursor < volume_bytes {
+            let zeroed = self.replica.file.zero(cursor, volume_bytes - cursor);
             zeroed.map_err(|error| self.stop("zeroing", &self.replica.path, &error))?;
         }
         Ok(Reply::CopiedTo(cursor))
@@ -284,7 +346,7 @@ impl Keeper {
         let record = self.record_before_copied()?;
         match record.copy {
             CopyRecord::Copying { sync, cursor }
-                if (cursor..=self.volume_bytes).contains(&upto) =>
+                if (cursor..=record.volume_bytes).contains(&upto) =>
             {
                 self.sync_replica()?;
                 let copy = CopyRecord::Copying { sync, cursor: upto };
@@ -298,6 +360,7 @@ impl Keeper {
     /// The first copy is complete.
     pub fn copy_done(&self, sync: SyncId) -> Result<Reply, Refusal> {
         let record = self.volume().record().clone();
+        let volume_bytes = record.volume_bytes;
         self.volume().check_running()?;
         match record.copy {
             CopyRecord::Copied { sync: known } if known == sync => {}
@@ -307,12 +370,14 @@ impl Keeper {
             }
             _ => return Err(refuse(RefusalCode::OutOfOrder, "another first copy is going on")),
         }
-        Ok(Reply::CopiedTo(self.volume_bytes))
+        Ok(Reply::CopiedTo(volume_bytes))
     }
 
     /// Digests of the newest committed state.
     pub fn digests(&self, offset: u64, bytes: u64, piece_bytes: u64) -> Result<Reply, Refusal> {
-        let inside = offset.checked_add(bytes).is_some_and(|end| end <= self.volume_bytes);
+        // Up to the size that the session named: what lies beyond the durable one reads as zero.
+        let volume_bytes = self.volume().bytes();
+        let inside = offset.checked_add(bytes).is_some_and(|end| end <= volume_bytes);
         if !inside || piece_bytes == 0 || bytes.div_ceil(piece_bytes) > limits::DIGESTS_MAX as u64 {
             return Err(refuse(RefusalCode::Malformed, "digests of an impossible range"));
         }
@@ -330,12 +395,12 @@ impl Keeper {
         Ok(View {
             replica: self.replica.file.clone(),
             epochs: volume.epochs().iter().map(|epoch| epoch.index.clone()).collect(),
-            volume_bytes: self.volume_bytes,
+            replica_bytes: volume.record().volume_bytes,
         })
     }
 
     fn decode(&self, frame: &Frame) -> Result<Content, Refusal> {
-        Content::decode(&frame.body, self.volume_bytes).map_err(malformed)
+        Content::decode(&frame.body, self.volume().bytes()).map_err(malformed)
     }
 
     fn record_before_copied(&self) -> Result<StateRecord, Refusal> {

@@ -6,12 +6,14 @@
 //! one.
 
 pub mod budget;
+pub mod conversation;
 pub mod disk;
 mod entry;
 pub mod index;
 mod jobs;
 pub mod journal;
 pub mod keeper;
+mod observation;
 pub mod points;
 pub mod promote;
 pub mod recover;
@@ -21,8 +23,11 @@ pub mod session;
 pub mod site;
 pub mod space;
 pub mod state;
+pub mod store;
 pub mod view;
 pub mod volume;
+
+pub use observation::{Observation, VolumeObservation};
 
 use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
@@ -34,6 +39,7 @@ use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
+use store::Folders;
 
 /// A replica volume that is a block device of this host (`[[device]]` in target.toml).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,7 +101,7 @@ impl Target {
         listener.set_nonblocking(true)?;
         let listening = listener.local_addr()?;
         let site = SiteConfig {
-            store,
+            store: Box::new(Folders(store)),
             devices: config.devices,
             reserve_bytes: config.reserve_bytes,
             memory_bytes: config.memory_bytes,
@@ -126,17 +132,22 @@ impl Target {
         self.site.report()
     }
 
+    /// How many volumes there are, have an agent, cannot go on here. Asks no disk.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        self.site.counts()
+    }
+
+    /// What metrics show.
+    pub fn observe(&self) -> Observation {
+        self.site.observe(self.server.handshake_failures())
+    }
+
     /// A renewed certificate, for new sessions.
     pub fn set_identity(&self, identity: Arc<Identity>) {
         match identity.server_config(true) {
             Ok(tls) => self.server.set_tls(tls),
             Err(error) => tracing::error!("the renewed certificate cannot be used: {error:#}"),
         }
-    }
-
-    /// Milliseconds since the data loop last went round: feeds the watchdog.
-    pub fn idle_millis(&self) -> u64 {
-        self.server.idle_millis()
     }
 
     /// Ends all sessions and threads.

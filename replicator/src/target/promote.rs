@@ -31,15 +31,18 @@ pub fn promote(keeper: &Keeper, wanted: Epoch, going: &dyn Fn() -> bool) -> Resu
     // Durable before the first write to the replica: from here on it is between two.
     keeper.store_durably(&begun)?;
     keeper.volume().set_record(begun.clone());
+    let volume_bytes = last.facts.volume_bytes;
+    keeper.grow_replica(volume_bytes)?;
     let indexes: Vec<Arc<EpochIndex>> = epochs.into_iter().map(|epoch| epoch.index).collect();
-    let written = write(keeper, &indexes, begun.volume_bytes, going)
+    let written = clear(keeper, begun.volume_bytes, volume_bytes, going)
+        .and_then(|cleared| Ok(cleared && write(keeper, &indexes, going)?))
         .map_err(|error| keeper.failed("promoting into", &keeper.replica.path, &error))?;
     if !written {
         return Ok(false); // the next start goes on
     }
     keeper.sync_replica()?;
     let base = Some((*last.facts).clone());
-    let record = StateRecord { base, tail: last.end, promoting: None, ..begun };
+    let record = StateRecord { base, volume_bytes, tail: last.end, promoting: None, ..begun };
     keeper.store_durably(&record)?;
     // The base is durable and so is the replica: nothing reads these epochs from the journal
     // again, but a view that began before, and that keeps its segments open.
@@ -52,15 +55,29 @@ pub fn promote(keeper: &Keeper, wanted: Epoch, going: &dyn Fn() -> bool) -> Resu
     Ok(true)
 }
 
+/// Makes what a volume has grown by read as zero on a device; a file does so by itself. False if it
+/// was told to end.
+fn clear(keeper: &Keeper, from: u64, to: u64, going: &dyn Fn() -> bool) -> io::Result<bool> {
+    let mut at = from;
+    while at < to && !keeper.replica.is_file {
+        if !going() {
+            return Ok(false);
+        }
+        let end = (at + WINDOW_BYTES).min(to);
+        keeper.replica.file.zero(at, end - at)?;
+        at = end;
+    }
+    Ok(true)
+}
+
 /// Writes the newest version of every byte once, in rising order; false if it was told to end.
 fn write(
     keeper: &Keeper,
     epochs: &[Arc<EpochIndex>],
-    volume_bytes: u64,
     going: &dyn Fn() -> bool,
 ) -> io::Result<bool> {
     let replica = &keeper.replica.file;
-    let mut reader = FrameReader::new(volume_bytes);
+    let mut reader = FrameReader::default();
     let mut at = 0;
     while let Some(start) = next_piece(epochs, at) {
         let end = start.saturating_add(WINDOW_BYTES);

@@ -18,6 +18,7 @@ use super::volume::{CommitStep, DataStep, Verify, Volume};
 use secondsite_format::FormatError;
 use secondsite_format::extent::Content;
 use secondsite_format::frame::{self, Frame, FrameKind, HEADER_BYTES, RawHeader};
+use secondsite_format::limits;
 use secondsite_format::manifest::SignedManifest;
 use std::io;
 use std::sync::Arc;
@@ -30,14 +31,18 @@ pub enum RecoverError {
     Io(#[from] io::Error),
     /// A newer Secondsite wrote it.
     #[error(
-        "{name} was written by a newer Secondsite (version {found}, this one reads up to \
-         {VERSION}): upgrade the target; nothing was changed"
+        "{name} was written by a newer Secondsite ({what} version {found}, this one reads up to \
+         {known}): install the newer one again on the target; nothing was changed"
     )]
     Newer {
         /// The segment.
         name: String,
-        /// Its version.
+        /// What in it carries the version.
+        what: &'static str,
+        /// The version found.
         found: u16,
+        /// The newest version known here.
+        known: u16,
     },
     /// An acknowledged epoch cannot be read.
     #[error(
@@ -63,6 +68,9 @@ pub fn recover(
     volume: &mut Volume,
     verify: Verify,
 ) -> Result<Journal, RecoverError> {
+    // A process before this one may have ended, or failed, between writing a commit and making it
+    // durable. The source forgets its marks for what is found here, so it must be on the medium.
+    disk.sync_names(FOLDER)?;
     let mut numbers: Vec<u64> =
         disk.list(FOLDER)?.iter().filter_map(|name| Segment::number(name)).collect();
     numbers.sort_unstable();
@@ -73,7 +81,8 @@ pub fn recover(
         let whole = segment.check_header(volume.record().volume).map_err(|error| match error {
             HeaderError::Io(error) => RecoverError::Io(error),
             HeaderError::Newer { found } => {
-                RecoverError::Newer { name: Segment::name(*number), found }
+                let name = Segment::name(*number);
+                RecoverError::Newer { name, what: "segment", found, known: VERSION }
             }
         })?;
         segments.push((segment, whole));
@@ -83,11 +92,24 @@ pub fn recover(
     segments.retain(|(segment, _)| segment.number >= tail.segment);
     let mut scan = Scan { at: tail, committed: tail, volume, verify };
     let stop = scan.run(&segments)?;
-    if let Some(cause) = stop
-        && let Some(epoch) = scan.commit_behind(&segments)?
-    {
-        let (name, offset) = (Segment::name(scan.at.segment), scan.at.offset);
-        return Err(RecoverError::Damaged { name, offset, cause, epoch });
+    let (name, offset) = (Segment::name(scan.at.segment), scan.at.offset);
+    match stop {
+        // Where a frame of ours is due stands a newer one. An epoch may be acknowledged behind it
+        // that cannot be checked here: nothing is dropped.
+        Some(Stop::Unread(FormatError::Newer { what, found, known })) => {
+            return Err(RecoverError::Newer { name, what, found, known });
+        }
+        Some(cause) => {
+            if let Some(epoch) = scan.commit_behind(&segments)? {
+                return Err(RecoverError::Damaged {
+                    name,
+                    offset,
+                    cause: cause.to_string(),
+                    epoch,
+                });
+            }
+        }
+        None => {}
     }
     scan.volume.drop_staged();
     let committed = scan.committed;
@@ -136,6 +158,15 @@ fn drop_behind(
     if names_changed { disk.sync_names(FOLDER) } else { Ok(()) }
 }
 
+/// Why a scan went no further.
+#[derive(Debug, thiserror::Error)]
+enum Stop {
+    #[error(transparent)]
+    Unread(#[from] FormatError),
+    #[error("{0}")]
+    Misplaced(String),
+}
+
 struct Scan<'a> {
     at: Place,
     committed: Place,
@@ -145,21 +176,22 @@ struct Scan<'a> {
 
 impl Scan<'_> {
     /// Replays frames until the end (`None`) or until something is not as it should be.
-    fn run(&mut self, segments: &[(Arc<Segment>, bool)]) -> io::Result<Option<String>> {
+    fn run(&mut self, segments: &[(Arc<Segment>, bool)]) -> io::Result<Option<Stop>> {
+        let stop = |why: String| Ok(Some(Stop::Misplaced(why)));
         for ((segment, whole), due) in segments.iter().zip(self.at.segment..) {
             if segment.number != due {
-                return Ok(Some(format!("{} is missing", Segment::name(due))));
+                return stop(format!("{} is missing", Segment::name(due)));
             }
             if segment.number != self.at.segment {
                 self.at = Place { segment: segment.number, offset: SEGMENT_HEADER_BYTES };
             }
             if !whole {
                 self.at.offset = 0;
-                return Ok(Some("its header is not whole".into()));
+                return stop("its header is not whole".into());
             }
             let bytes = segment.file().bytes()?;
             if bytes < self.at.offset {
-                return Ok(Some("it is cut short".into()));
+                return stop("it is cut short".into());
             }
             while self.at.offset < bytes {
                 if let Err(stop) = self.frame(segment, bytes)? {
@@ -171,20 +203,20 @@ impl Scan<'_> {
     }
 
     /// Replays the frame at `self.at`, whatever its body claims to be.
-    fn frame(&mut self, segment: &Arc<Segment>, bytes: u64) -> io::Result<Result<(), String>> {
+    fn frame(&mut self, segment: &Arc<Segment>, bytes: u64) -> io::Result<Result<(), Stop>> {
         let offset = self.at.offset;
         let frame = match read_frame(segment, offset, bytes)? {
             Ok(frame) => frame,
-            Err(error) => return Ok(Err(error.to_string())),
+            Err(error) => return Ok(Err(error.into())),
         };
         let total_bytes = frame.total_bytes();
-        let stop = |why: String| Ok(Err(why));
+        let stop = |why: String| Ok(Err(Stop::Misplaced(why)));
         match frame.header.kind {
             FrameKind::Data => {
-                let content = match Content::decode(&frame.body, self.volume.record().volume_bytes)
-                {
+                // How large the volume is says the commit behind it, which is checked against it.
+                let content = match Content::decode(&frame.body, limits::VOLUME_BYTES_MAX) {
                     Ok(content) => content,
-                    Err(error) => return Ok(Err(error.to_string())),
+                    Err(error) => return Ok(Err(error.into())),
                 };
                 let digest = content.digest();
                 match self.volume.check_data(&frame.header, &content, &digest) {
@@ -200,7 +232,7 @@ impl Scan<'_> {
             FrameKind::Commit => {
                 let signed = match SignedManifest::decode(&frame.body) {
                     Ok(signed) => signed,
-                    Err(error) => return Ok(Err(error.to_string())),
+                    Err(error) => return Ok(Err(error.into())),
                 };
                 match self.volume.check_commit(&frame.header, &signed, None, self.verify) {
                     Ok(CommitStep::Append { drop_staged: false }) => {}

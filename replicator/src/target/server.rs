@@ -8,6 +8,7 @@
 use super::session::{self, HELLO_TIMEOUT, Peer, SessionHandle};
 use super::site::Site;
 use super::volume::refuse;
+use crate::pulse;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -50,8 +51,7 @@ pub struct Server {
     connections: Mutex<Connections>,
     threads: Mutex<usize>,
     thread_ended: Condvar,
-    begun: Instant,
-    last_round_millis: AtomicU64,
+    handshake_failures: AtomicU64,
 }
 
 impl Server {
@@ -63,8 +63,7 @@ impl Server {
             connections: Mutex::default(),
             threads: Mutex::default(),
             thread_ended: Condvar::new(),
-            begun: Instant::now(),
-            last_round_millis: AtomicU64::new(0),
+            handshake_failures: AtomicU64::new(0),
         })
     }
 
@@ -73,10 +72,9 @@ impl Server {
         *self.tls.write().expect("nothing panics while it holds the settings") = tls;
     }
 
-    /// Milliseconds since the listener last went round.
-    pub fn idle_millis(&self) -> u64 {
-        let now = self.begun.elapsed().as_millis() as u64;
-        now.saturating_sub(self.last_round_millis.load(Ordering::Relaxed))
+    /// Connections that showed no certificate of an agent of this deployment.
+    pub fn handshake_failures(&self) -> u64 {
+        self.handshake_failures.load(Ordering::Relaxed)
     }
 
     /// Starts a thread that [`Self::stop`] waits for.
@@ -96,14 +94,14 @@ impl Server {
 
     /// Accepts connections until the site stops: the body of the listener's thread.
     pub fn listen(self: &Arc<Self>, listener: &TcpListener) {
+        let _joined = pulse::join("the listener");
         let mut tried = Instant::now();
         let mut next = 0;
         while !self.site.stopping() {
             let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
             // An interrupted or failed poll only makes this round a short one.
             let _ = poll(&mut fds, PollTimeout::from(ROUND_MILLIS));
-            self.last_round_millis
-                .store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+            pulse::beat_again_in(Duration::from_millis(u64::from(ROUND_MILLIS)));
             for handle in self.lock_connections().values() {
                 handle.cut_if_late();
             }
@@ -155,9 +153,13 @@ impl Server {
 
     fn serve(&self, socket: TcpStream, handle: &Arc<SessionHandle>) {
         let address = socket.peer_addr();
-        match self.handshake(socket) {
+        let _joined = pulse::join("a session");
+        match pulse::outside(|| self.handshake(socket)) {
             Ok((stream, peer)) => session::serve(&self.site, stream, handle, &peer),
-            Err(error) => tracing::warn!("handshake with {address:?} failed: {error:#}"),
+            Err(error) => {
+                self.handshake_failures.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(peer = ?address, "handshake failed: {error:#}");
+            }
         }
     }
 

@@ -1,19 +1,20 @@
-//! One connection of one agent for one volume: hello, welcome, then frames until it ends.
+//! One connection of one agent for one volume: a thread that drives a [`Conversation`] over a
+//! stream, with its deadlines.
 //!
 //! Independent of TLS: generic over the stream, and told who the peer is. Half-duplex; the source
 //! leads. Whatever goes wrong ends the session with a refusal and leaves the volume as it was. A
 //! session that is told to end (replaced, no longer allowed, shutting down) is woken by shutting
 //! its socket down for reading, so that it can still say why.
 
+use super::conversation::{Conversation, Effect, End};
 use super::site::Site;
-use super::view::READING_BYTES_MAX;
 use super::volume::refuse;
-use crate::wire::{Connection, WireError};
-use secondsite_format::frame::{Frame, FrameKind};
+use crate::pulse;
+use crate::wire::Connection;
+use secondsite_format::frame::{FrameKind, RawHeader};
 use secondsite_format::ids::ServerId;
-use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
 use secondsite_format::manifest::PUBLIC_KEY_BYTES;
-use secondsite_format::message::{Hello, Message, Refusal, RefusalCode, Reply, Request};
+use secondsite_format::message::{Refusal, RefusalCode};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -28,6 +29,10 @@ pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
 /// A frame whose header has come must be whole in this time, because it holds memory of the budget;
 /// long enough for the largest frame over a line of 4 KiB a second.
 pub const FRAME_TIMEOUT: Duration = Duration::from_secs(300);
+/// An older session that has not left by itself in this time is cut off.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
+/// A newcomer waits no longer than this: the older one's thread is stuck in the storage.
+const SEAT_TIMEOUT: Duration = Duration::from_secs(10);
 /// After a refusal, what the peer still sends is taken in and thrown away for so long, because a
 /// reset would take the refusal from it unread.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -120,50 +125,37 @@ impl SessionHandle {
         self.deadline_millis.store(at, Ordering::Relaxed);
     }
 
-    fn ended(&self) -> Option<Refusal> {
+    /// A hello was accepted.
+    pub(super) fn set_greeted(&self) {
+        self.greeted.store(true, Ordering::Relaxed);
+    }
+
+    /// Why it was told to end.
+    pub fn ended(&self) -> Option<Refusal> {
         self.ended.lock().expect("nothing panics here").clone()
     }
 }
 
-/// Why a session ends before its peer closes it.
-enum End {
-    Refuse(Refusal),
-    Wire(WireError),
-}
-
-impl From<Refusal> for End {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refuse(refusal)
-    }
-}
-
-impl From<WireError> for End {
-    fn from(error: WireError) -> Self {
-        Self::Wire(error)
-    }
-}
-
 /// Serves a connection to its end. `stream` is authenticated: `peer` is who it is.
-pub fn serve<S: Read + Write>(site: &Site, stream: S, handle: &Arc<SessionHandle>, peer: &Peer) {
+pub fn serve<S: Read + Write>(
+    site: &Arc<Site>,
+    stream: S,
+    handle: &Arc<SessionHandle>,
+    peer: &Peer,
+) {
     handle.line.set_read_timeout(SILENCE_TIMEOUT);
     let mut connection = Connection::new(stream);
-    let Err(end) = converse(site, &mut connection, handle, peer) else { return };
-    let refusal = match (handle.ended(), end) {
-        (Some(told), _) => told,
-        (None, End::Refuse(refusal)) => refusal,
-        (None, End::Wire(WireError::Format(error))) => {
-            refuse(RefusalCode::Malformed, error.to_string())
-        }
-        (None, End::Wire(error @ WireError::Unexpected { .. })) => {
-            refuse(RefusalCode::Malformed, error.to_string())
-        }
-        (None, End::Wire(error @ (WireError::Io(_) | WireError::Refused(_)))) => {
-            tracing::info!("session of server {} ended: {error}", peer.server);
-            return;
-        }
-    };
-    tracing::warn!("session of server {} ended: {refusal}", peer.server);
-    say_and_drain(connection, handle, &refusal);
+    let (refusal, volume) = {
+        let mut conversation = Conversation::new(site.clone(), handle.clone(), peer.clone());
+        let ended = converse(site, &mut connection, handle, &mut conversation);
+        (ended.err().and_then(|end| conversation.refusal(end)), conversation.volume())
+    }; // here the volume's seat is free
+    if let Some(refusal) = refusal {
+        let volume = volume.map(tracing::field::display);
+        tracing::warn!(server = %peer.server, volume, "session ended: {refusal}");
+        site.refusals.count(refusal.code);
+        pulse::outside(|| say_and_drain(connection, handle, &refusal));
+    }
 }
 
 fn say_and_drain<S: Read + Write>(
@@ -187,105 +179,41 @@ fn say_and_drain<S: Read + Write>(
 fn converse<S: Read + Write>(
     site: &Site,
     connection: &mut Connection<S>,
-    handle: &Arc<SessionHandle>,
-    peer: &Peer,
+    handle: &SessionHandle,
+    conversation: &mut Conversation,
 ) -> Result<(), End> {
-    let first = connection.receive_admitted(|raw| match raw.kind() {
-        FrameKind::Hello => Ok(()),
-        found => Err(WireError::Unexpected { found, expected: "hello" }),
-    })?;
-    let Some((frame, ())) = first else { return Ok(()) };
-    let hello = Hello::from_frame(&frame).map_err(WireError::from)?;
-    let entry = site.greet(&hello, peer)?;
-    let told = |end: &End| {
-        let ended = handle.ended();
-        let message = match (&ended, end) {
-            (Some(refusal), _) if refusal.code == RefusalCode::Replaced => return,
-            (Some(refusal), _) | (None, End::Refuse(refusal)) => refusal.message.clone(),
-            (None, End::Wire(WireError::Io(_) | WireError::Refused(_))) => return,
-            (None, End::Wire(error)) => error.to_string(),
-        };
-        entry.note_refused(Some(message));
-        site.changed();
-    };
-    let mut conversation = || -> Result<(), End> {
-        let seat = site.seat(&entry, handle, &hello, peer)?;
-        let welcome = seat.keeper.welcome()?;
-        handle.greeted.store(true, Ordering::Relaxed);
-        handle.due_in(None);
-        entry.note_refused(None);
-        site.changed();
-        connection.send_message(&welcome)?;
-        let mut copying = false;
-        loop {
-            let received = connection.receive_admitted(|raw| {
-                // Until the frame is done with: its body, and what it unpacks to.
-                let unpacked = match raw.kind() {
-                    FrameKind::Data | FrameKind::SyncData => FRAME_PAYLOAD_BYTES_MAX,
-                    _ => 0,
-                };
-                let grant = site.budget.take((raw.body_bytes() + unpacked) as u64);
-                handle.due_in(Some(FRAME_TIMEOUT));
-                Ok(grant)
-            })?;
-            handle.due_in(None);
-            let Some((frame, grant)) = received else {
-                // Either the peer closed, or this session was told to end.
-                return handle.ended().map_or(Ok(()), |told| Err(told.into()));
-            };
-            match frame.header.kind {
-                FrameKind::Data => seat.keeper.data(&frame)?,
-                FrameKind::SyncData if copying => seat.keeper.copy_data(&frame)?,
-                FrameKind::SyncData => {
-                    let message = "first copy data before the first copy was begun";
-                    return Err(refuse(RefusalCode::OutOfOrder, message).into());
-                }
-                FrameKind::Commit => {
-                    let reply = seat.keeper.commit(&frame, &peer.key)?;
-                    connection.send_message(&reply)?;
-                    site.committed(hello.server);
-                }
-                FrameKind::Request => {
-                    // Digests ask for memory of their own; who waits must hold none.
-                    drop(grant);
-                    let reply = answer(site, &seat.keeper, &frame, &mut copying)?;
-                    connection.send_message(&reply)?;
-                }
-                found => {
-                    let expected = "data, a commit or a request";
-                    return Err(WireError::Unexpected { found, expected }.into());
-                }
+    loop {
+        let admit = |raw: &RawHeader| {
+            let bytes = conversation.admit(raw)?;
+            if bytes == 0 {
+                return Ok(None); // a hello: its deadline goes on
             }
+            let grant = site.budget(bytes);
+            handle.due_in(Some(FRAME_TIMEOUT));
+            Ok(Some(grant))
+        };
+        let received = pulse::outside(|| connection.receive_admitted(admit));
+        let received = received.map_err(|error| conversation.broken(error))?;
+        let Some((frame, grant)) = received else { return conversation.closed() };
+        if grant.is_some() {
+            handle.due_in(None);
         }
-    };
-    conversation().inspect_err(told)
-}
-
-fn answer(
-    site: &Site,
-    keeper: &super::keeper::Keeper,
-    frame: &Frame,
-    copying: &mut bool,
-) -> Result<Reply, End> {
-    Ok(match Request::from_frame(frame).map_err(WireError::from)? {
-        Request::Ping => Reply::Alive,
-        Request::Barrier => keeper.staged(),
-        Request::GiveUp { cut_id } => keeper.give_up(cut_id)?,
-        Request::CopyBegin { sync } => {
-            let reply = keeper.copy_begin(sync)?;
-            *copying = true;
-            reply
+        let mut effect = conversation.frame(&frame, grant)?;
+        let begun = Instant::now();
+        while matches!(effect, Effect::Wait) {
+            if begun.elapsed() > SEAT_TIMEOUT {
+                let message = "an older session of the volume still waits for the storage here";
+                return Err(refuse(RefusalCode::Storage, message).into());
+            }
+            conversation.wait_seat(LEAVE_TIMEOUT);
+            effect = conversation.seat()?;
         }
-        Request::CopyFlush { upto } => keeper.copy_flush(upto)?,
-        Request::CopyDone { sync } => {
-            let reply = keeper.copy_done(sync)?;
-            *copying = false;
-            site.changed();
-            reply
+        if frame.header.kind == FrameKind::Hello {
+            handle.due_in(None);
         }
-        Request::Digests { offset, bytes, piece_bytes } => {
-            let _grant = site.budget.take(READING_BYTES_MAX as u64);
-            keeper.digests(offset, bytes, piece_bytes)?
+        if let Effect::Answer(answer) = effect {
+            let sent = pulse::outside(|| connection.send(&answer));
+            sent.map_err(|error| conversation.broken(error))?;
         }
-    })
+    }
 }

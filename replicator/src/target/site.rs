@@ -6,35 +6,32 @@
 //! then volumes, then one entry's locks; none of them is held over I/O.
 
 use super::ReplicaDevice;
-use super::budget::Budget;
-use super::disk::{Folder, free_bytes};
-use super::entry::{Entry, Opened, Seat};
+use super::budget::{Budget, Grant};
+use super::entry::{Entry, Opened};
 use super::jobs::{Job, Jobs};
-use super::journal;
 use super::keeper::{Keeper, OpenError, VolumeSpec};
+use super::observation::Refusals;
 use super::points::{VolumeEpochs, complete_points, promotions};
 use super::promote::promote;
 use super::recover::RecoverError;
-use super::session::{Peer, SessionHandle};
+use super::session::Peer;
 use super::space::Space;
 use super::state::{self, StateError};
-use super::volume::{Verify, refuse};
+use super::store::Store;
+use super::volume::{Verify, refuse, shrunk};
+use crate::pulse;
 use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{Epoch, ServerId, VolumeId};
-use secondsite_format::message::{Hello, PROTOCOL, Refusal, RefusalCode};
+use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-
-/// Folder of the store that holds a folder a server.
-const SERVERS: &str = "servers";
 
 /// What a site is made of.
 pub struct SiteConfig {
     /// Where replicas and journals lie.
-    pub store: PathBuf,
+    pub store: Box<dyn Store>,
     /// Replica volumes on devices.
     pub devices: Vec<ReplicaDevice>,
     /// Space of the store that is never used, bytes.
@@ -51,7 +48,9 @@ type Entries = BTreeMap<(ServerId, VolumeId), Arc<Entry>>;
 pub struct Site {
     config: SiteConfig,
     pub(super) budget: Budget,
-    space: Arc<Space>,
+    pub(super) space: Arc<Space>,
+    /// Counted for metrics.
+    pub(super) refusals: Refusals,
     assignment: Mutex<Arc<TargetAssignment>>,
     entries: Mutex<Entries>,
     /// Servers whose promotion found no space, volumes that could not be opened: tried again.
@@ -70,6 +69,7 @@ impl Site {
     ) -> Self {
         let site = Self {
             budget: Budget::new(config.memory_bytes),
+            refusals: Refusals::default(),
             space: Arc::new(Space::new(config.reserve_bytes)),
             config,
             assignment: Mutex::new(Arc::new(TargetAssignment { version: 0, servers: vec![] })),
@@ -79,38 +79,13 @@ impl Site {
             stopping: AtomicBool::new(false),
             changed,
         };
-        for (server, volume) in site.stored() {
-            let entry = Arc::new(Entry::new(&site.folder(server, volume)));
+        for (server, volume) in site.config.store.volumes() {
+            let entry = Arc::new(Entry::new(&site.config.store.path(server, volume)));
             site.entries().insert((server, volume), entry);
             site.jobs.add(Job::Open(server, volume));
         }
         site.assign(assignment);
         site
-    }
-
-    /// Volumes with a `state.json` in the store.
-    fn stored(&self) -> Vec<(ServerId, VolumeId)> {
-        let list = |path: PathBuf| {
-            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect::<Vec<_>>()
-        };
-        let root = self.config.store.join(SERVERS);
-        let mut found = Vec::new();
-        for server in list(root.clone()) {
-            for volume in list(root.join(&server)) {
-                let file = root.join(&server).join(&volume).join(state::FILE);
-                if let (Ok(server), Ok(volume), true) =
-                    (server.parse(), volume.parse(), file.exists())
-                {
-                    found.push((server, volume));
-                }
-            }
-        }
-        found
-    }
-
-    fn folder(&self, server: ServerId, volume: VolumeId) -> PathBuf {
-        self.config.store.join(below_store(server, volume))
     }
 
     /// Follows this assignment; sessions that it does not allow are ended at once.
@@ -122,7 +97,7 @@ impl Site {
                 let key = (spec.server, spec.volume);
                 let entry = {
                     let mut entries = self.entries();
-                    let fresh = || Arc::new(Entry::new(&self.folder(key.0, key.1)));
+                    let fresh = || Arc::new(Entry::new(&self.config.store.path(key.0, key.1)));
                     entries.entry(key).or_insert_with(fresh).clone()
                 };
                 if entry.set_spec(spec) {
@@ -161,13 +136,6 @@ impl Site {
 
     /// Checks a hello as far as the certificate and the assignment go.
     pub(super) fn greet(&self, hello: &Hello, peer: &Peer) -> Result<Arc<Entry>, Refusal> {
-        if hello.protocol != PROTOCOL {
-            let message = format!(
-                "the source speaks protocol {}, this target {PROTOCOL}: upgrade the older side",
-                hello.protocol
-            );
-            return Err(refuse(RefusalCode::Protocol, message));
-        }
         let allowed = self.allowed(hello, peer.server);
         let entry = self.entries().get(&(peer.server, hello.volume)).cloned();
         if let (Err(refusal), Some(entry)) = (&allowed, &entry) {
@@ -203,32 +171,28 @@ impl Site {
             volume.ok_or_else(|| not_allowed("this volume of the server is not protected here"))?;
         let stored = self.entries().get(&(certified, hello.volume)).and_then(|e| e.size());
         let (bytes, block_bytes) = stored.unwrap_or((volume.size_bytes, volume.block_bytes));
-        if (hello.volume_bytes, hello.block_bytes) != (bytes, block_bytes) {
+        if hello.block_bytes != block_bytes {
             let message = format!(
-                "volume {} has {} bytes in blocks of {}, the target has {bytes} in blocks of \
-                 {block_bytes}: unprotect it and protect it again",
-                volume.name, hello.volume_bytes, hello.block_bytes
+                "volume {} has blocks of {} bytes, the target has blocks of {block_bytes}: \
+                 unprotect it and protect it again",
+                volume.name, hello.block_bytes
             );
             return Err(refuse(RefusalCode::Mismatch, message));
+        }
+        if hello.volume_bytes < bytes {
+            return Err(shrunk(bytes, hello.volume_bytes));
         }
         Ok(())
     }
 
-    /// Gives a session its seat at the volume, after every older one has left.
-    pub(super) fn seat<'a>(
-        &self,
-        entry: &'a Entry,
-        handle: &Arc<SessionHandle>,
-        hello: &Hello,
-        peer: &Peer,
-    ) -> Result<Seat<'a>, Refusal> {
-        let seat = entry.seat(handle, hello)?;
-        // Again: an assignment that came since the hello did not see this session yet.
+    /// Checks again what [`Self::greet`] checked: an assignment that came since the hello did not
+    /// see this session yet.
+    pub(super) fn still_allowed(&self, hello: &Hello, peer: &Peer) -> Result<(), Refusal> {
         self.allowed(hello, peer.server)?;
         if self.stopping() {
             return Err(refuse(RefusalCode::Stopping, "the target is shutting down"));
         }
-        Ok(seat)
+        Ok(())
     }
 
     /// An epoch of this server was committed.
@@ -244,6 +208,7 @@ impl Site {
 
     /// Does jobs until [`Self::stop`]: the body of a worker thread.
     pub fn work(&self) {
+        let _joined = pulse::join("a promotion worker");
         while let Some(job) = self.jobs.next() {
             // A broken invariant costs the job, not the worker that serves all other volumes.
             if std::panic::catch_unwind(AssertUnwindSafe(|| self.run(job))).is_err() {
@@ -256,11 +221,28 @@ impl Site {
 
     /// Does all jobs that are waiting.
     pub fn work_now(&self) {
-        while self.jobs.any() {
-            let Some(job) = self.jobs.next() else { return };
-            self.run(job);
-            self.jobs.done(job);
+        while self.work_next() {}
+    }
+
+    /// Does the next job, if one is waiting: a step of [`Self::work`] for who has no threads.
+    pub fn work_next(&self) -> bool {
+        if !self.jobs.any() {
+            return false;
         }
+        let Some(job) = self.jobs.next() else { return false };
+        self.run(job);
+        self.jobs.done(job);
+        true
+    }
+
+    /// Memory for a frame on its way; waits for it.
+    pub fn budget(&self, bytes: u64) -> Grant<'_> {
+        self.budget.take(bytes)
+    }
+
+    /// A volume's keeper, once it is open.
+    pub fn keeper(&self, server: ServerId, volume: VolumeId) -> Option<Arc<Keeper>> {
+        self.entries().get(&(server, volume))?.keeper()
     }
 
     fn run(&self, job: Job) {
@@ -283,11 +265,9 @@ impl Site {
             return;
         }
         let spec = entry.spec();
-        let below = below_store(server, volume);
-        let opened = Folder::create(&self.config.store, &below, &[journal::FOLDER])
+        let opened = pulse::outside(|| self.config.store.open(server, volume))
             .map_err(|cause| OpenError::Io { operation: "making its folder", cause })
-            .and_then(|folder| {
-                let disk = Arc::new(folder);
+            .and_then(|disk| {
                 Keeper::open(disk, spec.as_ref(), self.space.clone(), self.config.verify)
             });
         match opened {
@@ -296,12 +276,13 @@ impl Site {
                 self.jobs.add(Job::Promote(server));
             }
             Err(error) => {
-                let message = format!("{}: {error}", self.folder(server, volume).display());
+                let message =
+                    format!("{}: {error}", self.config.store.path(server, volume).display());
                 if may_pass(&error) {
                     self.again().push(Job::Open(server, volume));
                 }
                 if entry.set_opened(Opened::Failed(message.clone())) {
-                    tracing::error!("a volume of server {server} cannot be opened: {message}");
+                    tracing::error!(%server, %volume, "a volume cannot be opened: {message}");
                 }
             }
         }
@@ -314,10 +295,16 @@ impl Site {
             // A promotion that was interrupted goes on even if no point asks for it now.
             let wanted = wanted.get(&volume).copied().unwrap_or(Epoch(0));
             match promote(&keeper, wanted, &|| !self.stopping()) {
-                Ok(true) => self.changed(),
+                Ok(true) => {
+                    tracing::debug!(%server, %volume, epoch = wanted.0, "epoch promoted");
+                    if let Some(entry) = self.entries().get(&(server, volume)) {
+                        entry.counts.promotions.fetch_add(1, Ordering::Relaxed);
+                    }
+                    self.changed();
+                }
                 Ok(false) => {}
                 Err(refusal) => {
-                    tracing::error!("promoting volume {volume} of server {server}: {refusal}");
+                    tracing::error!(%server, %volume, "promoting: {refusal}");
                     if refusal.code == RefusalCode::NoSpace {
                         self.again().push(Job::Promote(server));
                     }
@@ -345,8 +332,16 @@ impl Site {
             volumes: all.iter().map(|((_, volume), entry)| entry.report(*volume)).collect(),
             points: points.collect(),
             // A store that cannot be asked has nothing to give.
-            free_bytes: free_bytes(&self.config.store).unwrap_or(0),
+            free_bytes: self.free_bytes().unwrap_or(0),
         }
+    }
+
+    /// How many volumes there are, have an agent, cannot go on here. Asks no disk.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        let all: Vec<_> =
+            self.all().iter().map(|((_, volume), entry)| entry.report(*volume)).collect();
+        let connected = all.iter().filter(|volume| volume.connected).count();
+        (all.len(), connected, all.iter().filter(|volume| volume.error.is_some()).count())
     }
 
     /// Ends sessions and workers.
@@ -364,7 +359,17 @@ impl Site {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn all(&self) -> Vec<((ServerId, VolumeId), Arc<Entry>)> {
+    /// Free space of the store, if it can be asked.
+    pub(super) fn free_bytes(&self) -> Option<u64> {
+        self.config.store.free_bytes().ok()
+    }
+
+    /// The newest assignment.
+    pub(super) fn assignment(&self) -> Arc<TargetAssignment> {
+        self.lock_assignment().clone()
+    }
+
+    pub(super) fn all(&self) -> Vec<((ServerId, VolumeId), Arc<Entry>)> {
         self.entries().iter().map(|(key, entry)| (*key, entry.clone())).collect()
     }
 
@@ -389,12 +394,6 @@ fn may_pass(error: &OpenError) -> bool {
         OpenError::Recover(error) => matches!(error, RecoverError::Io(_)),
         OpenError::Unknown => false,
     }
-}
-
-/// Folder of a volume below the store. Ids are made by control and parsed here: no name of a peer
-/// becomes part of a path.
-fn below_store(server: ServerId, volume: VolumeId) -> String {
-    format!("{SERVERS}/{server}/{volume}")
 }
 
 fn not_allowed(message: &str) -> Refusal {

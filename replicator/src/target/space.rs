@@ -49,6 +49,11 @@ impl Space {
         *self.promised() += bytes;
     }
 
+    /// The reserve and what is promised, bytes.
+    pub fn state(&self) -> (u64, u64) {
+        (self.reserve_bytes, *self.promised())
+    }
+
     /// A promise was kept, or is void.
     pub fn give_back(&self, bytes: u64) {
         *self.promised() -= bytes;

@@ -14,7 +14,7 @@ use std::io;
 /// Its name in the volume's folder.
 pub const FILE: &str = "state.json";
 /// Newest format known.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Largest file believed, bytes: the facts of one epoch with all its members, as text.
 const FILE_BYTES_MAX: u64 = 256 << 10;
 
@@ -27,7 +27,8 @@ pub struct StateRecord {
     pub server: ServerId,
     /// The volume.
     pub volume: VolumeId,
-    /// Its size, bytes.
+    /// How far the replica volume goes, bytes: the size at `base`, before that the first copy's.
+    /// Epochs behind `base` may have made the volume larger.
     pub volume_bytes: u64,
     /// Unit of tracking, bytes.
     pub block_bytes: u32,
@@ -81,6 +82,8 @@ pub struct EpochFacts {
     pub epoch: Epoch,
     /// Its cut.
     pub cut_id: CutId,
+    /// Size of the volume at the cut, bytes.
+    pub volume_bytes: u64,
     /// Time of the cut by the agent's clock.
     pub time_ns: u64,
     /// What was proven.
@@ -109,6 +112,7 @@ impl EpochFacts {
         Self {
             epoch: manifest.epoch,
             cut_id: manifest.cut_id,
+            volume_bytes: manifest.volume_bytes,
             time_ns: manifest.cut_time_ns,
             consistency: manifest.consistency,
             method: manifest.method,
@@ -129,13 +133,16 @@ pub enum StateError {
     Io(#[from] io::Error),
     /// A newer Secondsite wrote it.
     #[error(
-        "written by a newer Secondsite (format {found}, this one reads up to {FORMAT}): upgrade \
-         the target; nothing was changed"
+        "written by a newer Secondsite (format {found}, this one reads up to {FORMAT}): install \
+         the newer one again on the target; nothing was changed"
     )]
     Newer {
         /// Its format.
         found: u64,
     },
+    /// It does not say which format it has.
+    #[error("damaged: no format number")]
+    NoFormat,
     /// It is not what was written.
     #[error("damaged: {0}")]
     Damaged(#[from] serde_json::Error),
@@ -166,19 +173,41 @@ impl StateRecord {
 
     /// Reads it, if there is one.
     pub fn load(disk: &dyn Disk) -> Result<Option<Self>, StateError> {
-        let Some(bytes) = disk.read(FILE, FILE_BYTES_MAX)? else { return Ok(None) };
-        let value: serde_json::Value = serde_json::from_slice(&bytes)?;
+        // A process before this one may have ended between giving the file its name and making
+        // that durable. What is acted on must not go with the power.
+        disk.sync_names("")?;
+        disk.read(FILE, FILE_BYTES_MAX)?.map(|bytes| Self::decode(&bytes)).transpose()
+    }
+
+    /// Reads the file's content. The format comes first: nothing else of a newer one is looked at.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let mut value: serde_json::Value = serde_json::from_slice(bytes)?;
         match value["format"].as_u64() {
             Some(found) if found > u64::from(FORMAT) => Err(StateError::Newer { found }),
-            _ => Ok(Some(serde_json::from_value(value)?)),
+            Some(found) if found == u64::from(FORMAT) => Ok(serde_json::from_value(value)?),
+            Some(1) => {
+                // Format 1 knew no growth: its base has the volume's size.
+                let volume_bytes = value["volume_bytes"].clone();
+                if let Some(base) = value["base"].as_object_mut() {
+                    base.insert("volume_bytes".into(), volume_bytes);
+                }
+                value["format"] = FORMAT.into();
+                Ok(serde_json::from_value(value)?)
+            }
+            _ => Err(StateError::NoFormat),
         }
+    }
+
+    /// The file's content.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec_pretty(self).expect("plain data has a JSON form");
+        text.push(b'\n');
+        text
     }
 
     /// Makes it durable.
     pub fn store(&self, disk: &dyn Disk) -> io::Result<()> {
-        let mut text = serde_json::to_vec_pretty(self).expect("plain data has a JSON form");
-        text.push(b'\n');
-        disk.replace(FILE, &text)
+        disk.replace(FILE, &self.encode())
     }
 }
 

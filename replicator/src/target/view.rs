@@ -9,6 +9,7 @@ use super::disk::DiskFile;
 use super::index::{EpochIndex, Origin, Piece, overlay};
 use super::journal::FramePlace;
 use secondsite_format::extent::Content;
+use secondsite_format::limits;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
@@ -24,17 +25,12 @@ pub const READING_BYTES_MAX: usize = READ_BYTES + (FRAMES_KEPT + 1) * (1 << 20);
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Unpacks frames of the journal, keeping the last few.
+#[derive(Default)]
 pub struct FrameReader {
-    volume_bytes: u64,
     kept: VecDeque<((u64, u64), Arc<Content>)>,
 }
 
 impl FrameReader {
-    /// For a volume of this size.
-    pub fn new(volume_bytes: u64) -> Self {
-        Self { volume_bytes, kept: VecDeque::new() }
-    }
-
     /// The content of a frame, its digest checked again.
     pub fn content(&mut self, place: &FramePlace) -> io::Result<Arc<Content>> {
         let key = (place.segment.number, place.offset);
@@ -44,7 +40,8 @@ impl FrameReader {
             return Ok(found.1);
         }
         let frame = place.read()?;
-        let content = Content::decode(&frame.body, self.volume_bytes)
+        // That it lies in its epoch's volume was checked when it was committed, or opened again.
+        let content = Content::decode(&frame.body, limits::VOLUME_BYTES_MAX)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         let content = Arc::new(content);
         self.kept.truncate(FRAMES_KEPT - 1);
@@ -76,15 +73,15 @@ pub struct View {
     pub replica: Arc<dyn DiskFile>,
     /// What is newer, oldest first.
     pub epochs: Vec<Arc<EpochIndex>>,
-    /// Size of the volume.
-    pub volume_bytes: u64,
+    /// How far the replica goes. Beyond it there is only what the epochs hold; the rest is zero.
+    pub replica_bytes: u64,
 }
 
 impl View {
     /// BLAKE3 of each piece of `piece_bytes` in `offset..offset + bytes`; zero where a piece reads
     /// as zero throughout. Holes are not read.
     pub fn digests(&self, offset: u64, bytes: u64, piece_bytes: u64) -> io::Result<Vec<[u8; 32]>> {
-        let mut reader = FrameReader::new(self.volume_bytes);
+        let mut reader = FrameReader::default();
         let mut buffer = vec![0; READ_BYTES.min(bytes as usize)];
         let end = offset + bytes;
         let mut digests = Vec::new();
@@ -104,7 +101,7 @@ impl View {
 
     /// Fills `out` from `offset` on.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        let mut reader = FrameReader::new(self.volume_bytes);
+        let mut reader = FrameReader::default();
         let mut buffer = vec![0; READ_BYTES.min(out.len())];
         let mut at = 0;
         let end = offset + out.len() as u64;
@@ -148,13 +145,16 @@ impl View {
     ) -> io::Result<()> {
         let mut at = start;
         while at < end {
-            let data = self.replica.next_data(at)?.min(end);
+            let data = match at < self.replica_bytes {
+                true => self.replica.next_data(at)?.min(end),
+                false => end,
+            };
             if data > at {
                 to(data - at, None);
                 at = data;
                 continue;
             }
-            let count = buffer.len().min((end - at) as usize);
+            let count = buffer.len().min((end.min(self.replica_bytes) - at) as usize);
             self.replica.read_at(at, &mut buffer[..count])?;
             to(count as u64, Some(&buffer[..count]));
             at += count as u64;

@@ -3,14 +3,16 @@
 //! Pure: it decides before the journal is written ([`Volume::check_data`],
 //! [`Volume::check_commit`]) and is told afterwards; opening a journal replays its frames through
 //! the same checks. Invariants: epochs follow the base without gaps; one staged part at most, for
-//! the epoch behind the newest durable one; what a check let through changes nothing until told.
+//! the epoch behind the newest durable one; what a check let through changes nothing until told;
+//! along the line of epochs a volume never becomes smaller, and each has the size of its manifest.
 
 use super::index::{EpochIndex, StagedFrame};
 use super::journal::{FramePlace, Place};
 use super::state::{CopyRecord, EpochFacts, Promoting, StateRecord};
-use secondsite_format::extent::Content;
+use secondsite_format::extent::{Content, Extent};
 use secondsite_format::frame::FrameHeader;
 use secondsite_format::ids::{CutId, Epoch};
+use secondsite_format::limits;
 use secondsite_format::manifest::{EpochDigest, PUBLIC_KEY_BYTES, SIGNATURE_BYTES, SignedManifest};
 use secondsite_format::message::{CopyState, PROTOCOL, Refusal, RefusalCode, Reply, Welcome};
 use std::sync::Arc;
@@ -21,6 +23,16 @@ pub type Verify = fn(&[u8; PUBLIC_KEY_BYTES], &[u8], &[u8; SIGNATURE_BYTES]) -> 
 /// A refusal of this kind, for this reason.
 pub fn refuse(code: RefusalCode, message: impl Into<String>) -> Refusal {
     Refusal { code, message: message.into() }
+}
+
+/// The refusal of a volume that has become smaller.
+pub fn shrunk(before: u64, now: u64) -> Refusal {
+    let message = format!(
+        "the volume has {now} bytes, its newest recovery point {before}: a volume never becomes \
+         smaller; replica and points stay as they are. Give the device at least {before} bytes \
+         again, or end its replication with: secondsite unprotect"
+    );
+    refuse(RefusalCode::Mismatch, message)
 }
 
 /// A committed epoch that the replica does not hold yet.
@@ -46,6 +58,8 @@ struct Staged {
     digest: EpochDigest,
     journal_bytes: u64,
     payload_bytes: u64,
+    /// One past the last byte of any extent.
+    reaches: u64,
 }
 
 /// What to do with a data frame.
@@ -78,13 +92,35 @@ pub struct Volume {
     epochs: Vec<JournaledEpoch>,
     staged: Option<Staged>,
     stopped: Option<String>,
+    /// The size that the session named; a smaller one than the durable size is never let in.
+    named_bytes: u64,
 }
 
 impl Volume {
     /// From what `state.json` says; the journal's frames follow by [`Self::stage`] and
     /// [`Self::commit`].
     pub fn new(record: StateRecord) -> Self {
-        Self { record, epochs: Vec::new(), staged: None, stopped: None }
+        Self { record, epochs: Vec::new(), staged: None, stopped: None, named_bytes: 0 }
+    }
+
+    /// Size of the newest durable state, bytes.
+    pub fn durable_bytes(&self) -> u64 {
+        self.durable().map_or(self.record.volume_bytes, |facts| facts.volume_bytes)
+    }
+
+    /// Size that the next epoch is to have, bytes: the session's.
+    pub fn bytes(&self) -> u64 {
+        self.named_bytes.max(self.durable_bytes())
+    }
+
+    /// A session names the volume's size.
+    pub fn name_bytes(&mut self, bytes: u64) -> Result<(), Refusal> {
+        let durable = self.durable_bytes();
+        if bytes < durable {
+            return Err(shrunk(durable, bytes));
+        }
+        self.named_bytes = bytes;
+        Ok(())
     }
 
     /// What `state.json` holds.
@@ -252,8 +288,10 @@ impl Volume {
             digest: EpochDigest::default(),
             journal_bytes: 0,
             payload_bytes: 0,
+            reaches: 0,
         });
         staged.digest.add(&digest);
+        staged.reaches = content.extents().last().map_or(0, Extent::end).max(staged.reaches);
         staged.journal_bytes += u64::from(place.bytes);
         staged.payload_bytes += content.payload().len() as u64;
         let extents = content.extents().to_vec();
@@ -288,9 +326,6 @@ impl Volume {
         if (manifest.server, manifest.volume) != (self.record.server, self.record.volume) {
             return unproven("it belongs to another volume");
         }
-        if manifest.volume_bytes != self.record.volume_bytes {
-            return unproven("the volume has another size");
-        }
         if signer.is_some_and(|key| *key != signed.public_key) {
             return unproven("it is not signed with the key of the session's certificate");
         }
@@ -304,6 +339,15 @@ impl Volume {
             return Ok(CommitStep::Repeat(self.committed_reply()));
         }
         self.check_place(header)?;
+        // The growth of a volume is durable by this commit and by nothing else. What a journal
+        // holds was checked against its session when it came.
+        let fits = match signer {
+            Some(_) => manifest.volume_bytes == self.bytes(),
+            None => manifest.volume_bytes >= self.durable_bytes(),
+        };
+        if !fits || manifest.volume_bytes > limits::VOLUME_BYTES_MAX {
+            return unproven("the volume has another size");
+        }
         if manifest.previous != self.chain() {
             return unproven("it does not continue the chain of manifests");
         }
@@ -318,6 +362,9 @@ impl Volume {
         }
         if digest.finish() != manifest.content {
             return unproven("the frames' digest is another");
+        }
+        if staged.is_some_and(|staged| staged.reaches > manifest.volume_bytes) {
+            return unproven("a frame reaches beyond the volume");
         }
         Ok(CommitStep::Append { drop_staged: staged.is_none() && self.staged.is_some() })
     }

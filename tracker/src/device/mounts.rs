@@ -26,11 +26,13 @@ pub struct Mount {
 }
 
 /// One line of mountinfo.
-struct Line {
-    number: (u32, u32),
-    path: PathBuf,
-    kind: String,
-    source: PathBuf,
+#[doc(hidden)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    pub number: (u32, u32),
+    pub path: PathBuf,
+    pub kind: String,
+    pub source: PathBuf,
 }
 
 /// What is mounted from the devices of these numbers.
@@ -44,9 +46,12 @@ pub(super) fn on(numbers: &BTreeSet<(u32, u32)>) -> io::Result<Vec<Mount>> {
             "btrfs" => btrfs(&line, numbers),
             _ => (numbers.contains(&line.number), format!("{:?}", line.number)),
         };
-        let visible = line.kind == "btrfs"
-            || fs::metadata(&line.path).is_ok_and(|meta| number(meta.dev()) == line.number);
-        if is_on && visible && seen.insert(same) {
+        // Asked only of ours: a dead network mount would never answer.
+        let is_visible = || {
+            line.kind == "btrfs"
+                || fs::metadata(&line.path).is_ok_and(|meta| number(meta.dev()) == line.number)
+        };
+        if is_on && is_visible() && seen.insert(same) {
             let freezable = FREEZABLE.contains(&line.kind.as_str());
             mounts.push(Mount { path: line.path, kind: line.kind, freezable });
         }
@@ -80,7 +85,8 @@ fn btrfs(line: &Line, numbers: &BTreeSet<(u32, u32)>) -> (bool, String) {
 }
 
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw`: the fields before the dash vary in number.
-fn parse(line: &[u8]) -> Option<Line> {
+#[doc(hidden)]
+pub fn parse(line: &[u8]) -> Option<Line> {
     let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let dash = words.iter().position(|word| *word == b"-")?;
     let number = std::str::from_utf8(words.get(2)?).ok()?;

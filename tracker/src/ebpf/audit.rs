@@ -41,7 +41,7 @@ const KERNEL: [usize; 2] = [0, 1];
 const QUEUE: [usize; 2] = [2, 3];
 const MISSES: usize = 4;
 const OPAQUE: usize = 5;
-const RANGE: usize = 6;
+const RANGES: usize = 6;
 const STASH: usize = 7;
 /// Stands for a queue difference that could not be known yet, since writes never paused.
 const UNKNOWN: u64 = 1 << 63;
@@ -91,6 +91,11 @@ impl Ebpf {
     /// something is wrong.
     pub fn audit(&self) -> Audit {
         match self.try_audit() {
+            Ok(Audit::Busy) => Audit::Busy,
+            // Looked at after the reading: a volume that still has its size had it at the instant
+            // of the reading, too. One that has not is no gap: every write to the blocks that are
+            // followed was marked, and a real gap shows again when it is attached anew.
+            Ok(_) if self.has_another_size() => Audit::Resized,
             Ok(audit) => audit,
             Err(cause) => Audit::Gap(format!(
                 "{}: the kernel's counters cannot be read (is the device gone?): {cause}",
@@ -108,6 +113,7 @@ impl Ebpf {
             device: self.device.path.clone(),
             what: "take a starting point for the audit",
             cause,
+            shrunk_from: None,
         };
         let start = Instant::now();
         let (mut last, mut best) = (None, None::<[Offsets; COPIES]>);
@@ -133,6 +139,11 @@ impl Ebpf {
             sleep(BASELINE_PAUSE);
         }
         Err(fails("writes never paused: try again when there are fewer".into()))
+    }
+
+    fn has_another_size(&self) -> bool {
+        // Unknown is no change: what cannot be read is a gap of its own.
+        self.kernel.size_sectors().is_ok_and(|now| now != self.device.size_bytes >> 9)
     }
 
     fn try_audit(&self) -> io::Result<Audit> {
@@ -178,7 +189,7 @@ impl Ebpf {
         let says = |copy: usize| compare(was(copy), &now.copies[copy]);
         // What any copy saw of these is a fact, whatever the others saw.
         let saw = |copy: &usize| {
-            [OPAQUE, RANGE].iter().any(|at| was(*copy)[*at] != now.copies[*copy][*at])
+            [OPAQUE, RANGES].iter().any(|at| was(*copy)[*at] != now.copies[*copy][*at])
         };
         if let Some(copy) = (0..COPIES).find(saw) {
             return Some(says(copy));
@@ -276,7 +287,7 @@ fn compare(was: &Offsets, now: &Offsets) -> Verdict {
     let grew = |at: usize| now[at].wrapping_sub(was[at]) as i64;
     let doubts = [
         (OPAQUE, "passthrough writes (SG_IO, NVMe) whose place is unknown"),
-        (RANGE, "writes beyond the end of the volume: has it grown?"),
+        (RANGES, "discards of more ranges than can be followed"),
         (STASH, "writes whose place could not be remembered"),
         (MISSES, "events skipped by the kernel (recursion)"),
     ];

@@ -22,11 +22,12 @@ pub(super) struct Counters {
     in_flight: File,
     iostats: File,
     diskseq: File,
+    size: File,
     programs: Vec<File>,
 }
 
 impl Counters {
-    pub fn open(disk: &Path, programs: &[BtfTracePoint]) -> io::Result<Self> {
+    pub fn open(disk: &Path, volume: &Path, programs: &[BtfTracePoint]) -> io::Result<Self> {
         let fdinfo = |program: &BtfTracePoint| {
             let fd = program.fd().map_err(io::Error::other)?.as_fd().as_raw_fd();
             File::open(format!("/proc/self/fdinfo/{fd}"))
@@ -36,6 +37,7 @@ impl Counters {
             in_flight: File::open(disk.join("inflight"))?,
             iostats: File::open(disk.join("queue/iostats"))?,
             diskseq: File::open(disk.join("diskseq"))?,
+            size: File::open(volume.join("size"))?,
             programs: programs.iter().map(fdinfo).collect::<io::Result<_>>()?,
         })
     }
@@ -60,6 +62,11 @@ impl Counters {
 
     pub fn diskseq(&self) -> io::Result<u64> {
         read(&self.diskseq, |text| text.trim().parse().ok())
+    }
+
+    /// Size of the volume now, sectors.
+    pub fn size_sectors(&self) -> io::Result<u64> {
+        read(&self.size, |text| text.trim().parse().ok())
     }
 
     /// How often the kernel skipped each program because its own event interrupted it.

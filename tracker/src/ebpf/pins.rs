@@ -1,15 +1,18 @@
 //! Loads, pins, finds again and removes the programs and maps of one volume.
 //!
 //! The header's first word is written when all is pinned and attached, and zeroed before the first
-//! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away.
+//! pin is removed: a kill in between leaves what [`open`] refuses and [`remove`] clears away. A
+//! whole set stays whole while its bitmaps are replaced by larger ones ([`crate::grow`]). Pins of a
+//! newer version are neither adopted nor removed.
 
-use super::Options;
 use super::mapping::Mapping;
+use super::{NewerPins, Options};
 use crate::bitmap::{leaf_words, summary_words};
 use crate::device::Device;
-use crate::header::{HEADER_WORDS, Header, IDENTITY_WORDS};
+use crate::grow::{self, Sets};
+use crate::header::{self, Extent, HEADER_WORDS, Header, IDENTITY_WORDS};
 use crate::marks::MarksMemory;
-use aya::maps::MapData;
+use aya::maps::{Array, ArrayOfMaps, Map, MapData, MapError};
 use aya::programs::BtfTracePoint;
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::{Btf, EbpfLoader, include_bytes_aligned};
@@ -17,6 +20,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
 
 /// Copies of each program, as in the BPF source.
 pub(super) const COPIES: usize = 2;
@@ -34,18 +39,23 @@ const STASH_ENTRIES: u32 = 16384;
 const CAUSE_CHARS_MAX: usize = 500;
 /// Set in the identity's flags when blocks are marked at completion.
 const FLAG_COMPLETION_MARKS: u64 = 1;
+/// The map of the bitmaps that count, and the places of live bitmap and summary in it.
+const BITMAPS: &str = "bitmaps";
+const LIVE: u32 = 0;
+const SUMMARY: u32 = 1;
+/// Flags of a bitmap's map: BPF_F_MMAPABLE, and BPF_F_INNER_MAP, which lets one of another size
+/// take its place.
+const BITMAP_FLAGS: u32 = 1 << 10 | 1 << 12;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker.bpf.o"));
 
 /// What is to be tracked, and how.
 pub(super) struct Plan {
-    pub blocks: u64,
     block_bytes: u32,
+    sectors: u64,
     identity: [u64; IDENTITY_WORDS],
     disk: (u32, u32),
     first_sector: u64,
-    sectors: u64,
-    is_partition: bool,
     pub bio_based: bool,
     /// The driver counts no discards, and no zeroes as writes.
     pub uncounted_zeroes: bool,
@@ -60,13 +70,13 @@ impl Plan {
             |bytes: &[u8]| bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
         let flags = if options.completion_marks { FLAG_COMPLETION_MARKS } else { 0 };
         Ok(Self {
-            blocks: device.size_bytes.div_ceil(u64::from(block_bytes)),
             block_bytes,
+            sectors: device.size_bytes >> 9,
             identity: [
                 number(device.major, device.minor),
                 number(device.disk.0, device.disk.1),
                 device.diskseq,
-                device.size_bytes,
+                0, // its size may change: the header's extent has it
                 half(boot_low),
                 half(boot_high),
                 u64::from(block_bytes) | flags << 32,
@@ -74,23 +84,30 @@ impl Plan {
             ],
             disk: (device.disk.0, device.disk.1),
             first_sector: device.disk_offset_bytes >> 9,
-            sectors: device.size_bytes >> 9,
-            is_partition: device.is_partition(),
             bio_based: is_bio_based(device)?,
             uncounted_zeroes: disk_name(device).starts_with("zram"),
             options,
         })
     }
 
-    fn maps(&self) -> [(&'static str, usize); 5] {
-        [
-            ("header", HEADER_WORDS),
-            ("live", leaf_words(self.blocks)),
-            ("summary", summary_words(self.blocks)),
-            ("taken", leaf_words(self.blocks)),
-            ("counters", COPIES * COUNTERS),
-        ]
+    /// Number of blocks.
+    pub fn blocks(&self) -> u64 {
+        Extent { sectors: self.sectors, set: 0 }.blocks(self.block_bytes)
     }
+}
+
+/// Maps of fixed size, and their words.
+const FIXED_MAPS: [(&str, usize); 2] = [("header", HEADER_WORDS), ("counters", COPIES * COUNTERS)];
+
+/// The maps of a set of bitmaps, and their words.
+fn bitmap_maps(extent: Extent, block_bytes: u32) -> [(String, usize); 3] {
+    let blocks = extent.blocks(block_bytes);
+    let named = |name: &str, words| (format!("{name}{}", extent.set), words);
+    [
+        named("live", leaf_words(blocks)),
+        named("summary", summary_words(blocks)),
+        named("taken", leaf_words(blocks)),
+    ]
 }
 
 /// Devices without hardware queues end bios, not requests.
@@ -124,22 +141,37 @@ fn program_names() -> impl Iterator<Item = (String, &'static str)> {
     })
 }
 
-/// Opens a whole set that belongs to this plan.
-pub(super) fn open(plan: &Plan, dir: &Path) -> Result<Pinned, String> {
-    let map = |name: &str| -> Result<Mapping, String> {
-        let words = plan.maps().iter().find(|map| map.0 == name).map_or(0, |map| map.1);
-        let map = MapData::from_pin(dir.join(name)).map_err(|cause| explain(&cause))?;
-        let entries = map.info().map_err(|cause| explain(&cause))?.max_entries() as usize;
-        if entries != words {
-            return Err(format!("map {name} has {entries} entries, not {words}"));
-        }
-        Mapping::new(map.fd().as_fd(), words).map_err(|cause| format!("map {name}: {cause}"))
-    };
-    let words = map("header")?;
+/// Why nothing is adopted.
+pub(super) enum NotAdopted {
+    /// It is not whole, or belongs to another device: to be removed.
+    Unfit(String),
+    /// The device has fewer bytes than what is pinned is for.
+    Shrunk(u64),
+    /// The system refuses what growing needs; what is pinned goes on marking.
+    Grow(String),
+}
+
+/// Opens a whole set that belongs to this plan, and lets it grow with the device.
+pub(super) fn open(plan: &Plan, dir: &Path) -> Result<Pinned, NotAdopted> {
+    let words = fixed(dir, "header").map_err(NotAdopted::Unfit)?;
     let header = Header::new(&words);
-    if !header.is_whole() || header.blocks() != plan.blocks || header.identity() != plan.identity {
-        return Err("what is pinned is not whole, or belongs to another device".into());
+    let whole = header.is_whole() && header.is_sound();
+    if !whole || header.identity() != plan.identity {
+        let why = "what is pinned is not whole, or belongs to another device";
+        return Err(NotAdopted::Unfit(why.into()));
     }
+    let mut sets = PinnedSets { dir, block_bytes: plan.block_bytes };
+    let extent = grow::grow(&mut sets, &words, plan.block_bytes, plan.sectors)?;
+    if extent.sectors > plan.sectors {
+        // What lay beyond is gone, and nobody knows what will lie there if it grows back.
+        header.set_compare_due(true);
+        return Err(NotAdopted::Shrunk(extent.sectors << 9));
+    }
+    let memory = sets.open(extent)?;
+    opened(dir, memory).map_err(NotAdopted::Unfit)
+}
+
+fn opened(dir: &Path, memory: MarksMemory<AtomicU64>) -> Result<Pinned, String> {
     let mut programs = Vec::new();
     for (name, _) in program_names() {
         let program = BtfTracePoint::from_pin(dir.join(format!("prog_{name}")))
@@ -152,31 +184,109 @@ pub(super) fn open(plan: &Plan, dir: &Path) -> Result<Pinned, String> {
         }
         programs.push(program);
     }
-    let memory = MarksMemory {
-        header: Box::new(words),
-        live: Box::new(map("live")?),
-        summary: Box::new(map("summary")?),
-        taken: Box::new(map("taken")?),
-    };
-    Ok(Pinned { memory, counters: map("counters")?, programs })
+    Ok(Pinned { memory, counters: fixed(dir, "counters")?, programs })
+}
+
+fn fixed(dir: &Path, name: &str) -> Result<Mapping, String> {
+    let words = FIXED_MAPS.iter().find(|map| map.0 == name).map_or(0, |map| map.1);
+    mapped(dir, name, words)
+}
+
+fn mapped(dir: &Path, name: &str, words: usize) -> Result<Mapping, String> {
+    let map = MapData::from_pin(dir.join(name)).map_err(|cause| explain(&cause))?;
+    let entries = map.info().map_err(|cause| explain(&cause))?.max_entries() as usize;
+    if entries != words {
+        return Err(format!("map {name} has {entries} entries, not {words}"));
+    }
+    Mapping::new(map.fd().as_fd(), words).map_err(|cause| format!("map {name}: {cause}"))
+}
+
+/// The sets of bitmaps below a pin folder.
+struct PinnedSets<'a> {
+    dir: &'a Path,
+    block_bytes: u32,
+}
+
+impl PinnedSets<'_> {
+    fn bitmaps(&self) -> Result<ArrayOfMaps<MapData, Array<MapData, u64>>, MapError> {
+        Map::from_map_data(MapData::from_pin(self.dir.join(BITMAPS))?)?.try_into()
+    }
+
+    fn bitmap(&self, name: &str) -> Result<Array<MapData, u64>, MapError> {
+        Map::from_map_data(MapData::from_pin(self.dir.join(name))?)?.try_into()
+    }
+}
+
+impl Sets<AtomicU64> for PinnedSets<'_> {
+    type Error = NotAdopted;
+
+    fn make(&mut self, extent: Extent) -> Result<(), NotAdopted> {
+        self.remove(extent.set)?;
+        for (name, words) in bitmap_maps(extent, self.block_bytes) {
+            let entries = u32::try_from(words).map_err(|_| {
+                NotAdopted::Grow("too many blocks: a larger block is needed".into())
+            })?;
+            let made = Array::<MapData, u64>::create(entries, BITMAP_FLAGS)
+                .map_err(|cause| NotAdopted::Grow(explain(&cause)))?;
+            let pinned = made.pin(self.dir.join(name));
+            pinned.map_err(|cause| NotAdopted::Grow(explain(&cause)))?;
+        }
+        Ok(())
+    }
+
+    fn open(&self, extent: Extent) -> Result<MarksMemory<AtomicU64>, NotAdopted> {
+        let [live, summary, taken] = bitmap_maps(extent, self.block_bytes)
+            .map(|(name, words)| mapped(self.dir, &name, words).map_err(NotAdopted::Unfit));
+        Ok(MarksMemory {
+            header: Box::new(fixed(self.dir, "header").map_err(NotAdopted::Unfit)?),
+            live: Box::new(live?),
+            summary: Box::new(summary?),
+            taken: Box::new(taken?),
+        })
+    }
+
+    /// The kernel waits, at each replacement of an inner map and before the call returns, until
+    /// all programs that were running have ended (`maybe_wait_bpf_programs`): so the second call
+    /// also ends those that saw the new live bitmap with the old summary.
+    fn switch(&mut self, extent: Extent) -> Result<(), NotAdopted> {
+        let switch = || -> Result<(), MapError> {
+            let mut bitmaps = self.bitmaps()?;
+            bitmaps.set(LIVE, &self.bitmap(&format!("live{}", extent.set))?, 0)?;
+            bitmaps.set(SUMMARY, &self.bitmap(&format!("summary{}", extent.set))?, 0)
+        };
+        switch().map_err(|cause| NotAdopted::Grow(explain(&cause)))
+    }
+
+    fn remove(&mut self, set: usize) -> Result<(), NotAdopted> {
+        for (name, _) in bitmap_maps(Extent { sectors: 0, set }, self.block_bytes) {
+            match fs::remove_file(self.dir.join(&name)) {
+                Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                    return Err(NotAdopted::Grow(format!("{name}: {cause}")));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Loads, pins and attaches a new set; a compare is due from its first moment.
 pub(super) fn create(plan: &Plan, dir: &Path) -> Result<(), String> {
     fs::create_dir_all(dir).map_err(|cause| format!("{}: {cause}", dir.display()))?;
     let mut object = load(plan)?;
-    for (name, words) in plan.maps() {
+    for name in [FIXED_MAPS[0].0, FIXED_MAPS[1].0, BITMAPS] {
         let map = object.map(name).ok_or_else(|| format!("no map {name}"))?;
         map.pin(dir.join(name)).map_err(|cause| explain(&cause))?;
-        if name == "header" {
-            let map = MapData::from_pin(dir.join(name)).map_err(|cause| explain(&cause))?;
-            let words = Mapping::new(map.fd().as_fd(), words).map_err(|cause| cause.to_string())?;
-            let header = Header::new(&words);
-            header.set_blocks(plan.blocks);
-            header.set_identity(plan.identity);
-            header.set_compare_due(true);
-        }
     }
+    let extent = Extent { sectors: plan.sectors, set: 0 };
+    let mut sets = PinnedSets { dir, block_bytes: plan.block_bytes };
+    sets.make(extent).and_then(|()| sets.switch(extent)).map_err(|error| error.to_string())?;
+    let words = fixed(dir, "header")?;
+    let header = Header::new(&words);
+    header.set_extent(extent);
+    header.set_bound(extent.sectors);
+    header.set_identity(plan.identity);
+    header.set_compare_due(true);
     let btf = Btf::from_sys_fs().map_err(|cause| explain(&cause))?;
     for (name, tracepoint) in program_names() {
         let program = program(&mut object, &name)?;
@@ -190,10 +300,30 @@ pub(super) fn create(plan: &Plan, dir: &Path) -> Result<(), String> {
     set_whole(dir, true).map_err(|cause| cause.to_string())
 }
 
+impl std::fmt::Display for NotAdopted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unfit(why) | Self::Grow(why) => f.write_str(why),
+            Self::Shrunk(bytes) => write!(f, "it had {bytes} bytes"),
+        }
+    }
+}
+
+/// What a newer Secondsite pinned here. Of its header only the first word is looked at.
+pub(super) fn newer(dir: &Path) -> Option<NewerPins> {
+    let map = MapData::from_pin(dir.join("header")).ok()?;
+    let words = Mapping::new(map.fd().as_fd(), 1).ok()?;
+    let found = header::newer(words[0].load(Acquire))?;
+    Some(NewerPins { dir: dir.to_path_buf(), found, known: header::VERSION })
+}
+
 /// Removes a set, whole or not. The programs are detached when their links go.
 pub(super) fn remove(dir: &Path) -> io::Result<()> {
     if !dir.exists() {
         return Ok(());
+    }
+    if let Some(newer) = newer(dir) {
+        return Err(io::Error::other(newer));
     }
     // Fails only if there is no header, and without one nothing can be adopted.
     let _ = set_whole(dir, false);
@@ -217,7 +347,7 @@ fn set_whole(dir: &Path, whole: bool) -> io::Result<()> {
 
 fn load(plan: &Plan) -> Result<aya::Ebpf, String> {
     let flag = |set: bool| u32::from(set);
-    let (partition, bio_based) = (flag(plan.is_partition), flag(plan.bio_based));
+    let bio_based = flag(plan.bio_based);
     let uncounted_zeroes = flag(plan.uncounted_zeroes);
     let completion_marks = flag(plan.options.completion_marks);
     let block_shift = plan.block_bytes.trailing_zeros();
@@ -226,18 +356,11 @@ fn load(plan: &Plan) -> Result<aya::Ebpf, String> {
         .override_global("cfg_major", &plan.disk.0, true)
         .override_global("cfg_minor", &plan.disk.1, true)
         .override_global("cfg_first", &plan.first_sector, true)
-        .override_global("cfg_sectors", &plan.sectors, true)
-        .override_global("cfg_partition", &partition, true)
         .override_global("cfg_block_shift", &block_shift, true)
         .override_global("cfg_bio_based", &bio_based, true)
         .override_global("cfg_uncounted_zeroes", &uncounted_zeroes, true)
         .override_global("cfg_completion_marks", &completion_marks, true)
         .map_max_entries("stash", if plan.bio_based { STASH_ENTRIES } else { 1 });
-    for (name, words) in plan.maps() {
-        let entries = u32::try_from(words)
-            .map_err(|_| format!("{} blocks are too many: choose a larger block", plan.blocks))?;
-        loader.map_max_entries(name, entries);
-    }
     loader.load(OBJECT).map_err(|cause| explain(&cause))
 }
 
@@ -252,13 +375,11 @@ pub(super) fn try_load() -> Result<(), String> {
         return Err(format!("the kernel has no type information ({BTF}; CONFIG_DEBUG_INFO_BTF)"));
     }
     let plan = Plan {
-        blocks: 1,
         block_bytes: 4096,
+        sectors: 8,
         identity: [0; IDENTITY_WORDS],
         disk: (0, 0),
         first_sector: 0,
-        sectors: 8,
-        is_partition: false,
         bio_based: true,
         uncounted_zeroes: false,
         options: Options { completion_marks: true },

@@ -6,8 +6,10 @@
 
 use crate::samples;
 use proptest::prelude::*;
+use secondsite_format::FormatError;
 use secondsite_format::extent::Content;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind, HEADER_BYTES, MAGIC, RawHeader};
+use secondsite_format::ids::VolumeId;
 use secondsite_format::limits;
 use secondsite_format::manifest::SignedManifest;
 use secondsite_format::message::{Hello, Message, Refusal, Reply, Request, Welcome};
@@ -120,6 +122,45 @@ fn a_bomb_is_refused() {
     body.truncate(table);
     body.extend(lz4_flex::block::compress(&[0x5a; 4096]));
     assert!(decode_all(&body).is_empty());
+}
+
+/// A sign counted as a digit, so that one id had several names.
+#[test]
+fn an_id_has_hex_digits_only() {
+    let id = "0123456789abcdef0123456789abcdef";
+    assert_eq!(id.parse::<VolumeId>().unwrap().to_string(), id);
+    for wrong in ["+f", "-0", " f", "g0"] {
+        let text = format!("{wrong}{}", &id[2..]);
+        assert!(text.parse::<VolumeId>().is_err(), "{text}");
+    }
+}
+
+/// Only a higher version is a newer one: zeros of a torn write are not.
+#[test]
+fn a_newer_version_is_told_from_damage() {
+    let mut header = *samples::data_frame().header_bytes();
+    header[4] = 2;
+    let newer = FormatError::Newer { what: "frame", found: 2, known: 1 };
+    assert_eq!(RawHeader::parse(&header).unwrap_err(), newer);
+    header[4] = 0;
+    let damaged = RawHeader::parse(&header).unwrap_err();
+    assert!(matches!(damaged, FormatError::Inconsistent { .. }), "{damaged:?}");
+    let mut body = samples::signed().encode();
+    body[136 + 4] = 2;
+    let newer = FormatError::Newer { what: "manifest", found: 2, known: 1 };
+    assert_eq!(SignedManifest::decode(&body).unwrap_err(), newer);
+}
+
+/// Of a greeting in another protocol only the number is read; what follows may have any form.
+#[test]
+fn a_greeting_of_another_protocol_says_which() {
+    for found in [0u32, 2, u32::MAX] {
+        let body = [found.to_le_bytes().as_slice(), &[0xee; 300]].concat();
+        let frame = |kind| Frame::new(FrameHeader::message(kind), body.clone());
+        let due = FormatError::Protocol { found, known: 1 };
+        assert_eq!(Hello::from_frame(&frame(FrameKind::Hello)).unwrap_err(), due);
+        assert_eq!(Welcome::from_frame(&frame(FrameKind::Welcome)).unwrap_err(), due);
+    }
 }
 
 proptest! {

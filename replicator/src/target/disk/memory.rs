@@ -2,7 +2,9 @@
 //! into sectors, as a seed decides. The same seed gives the same disk.
 //!
 //! Stricter than any file system: writes that were not synced survive in any combination, and so
-//! do names. For tests and simulation; the daemon never makes one.
+//! do names. What a failed sync should have made durable is durable or not, as a seed decides, and
+//! no later sync tries again, though reads see it all the while. A [`Watch`] sees every access,
+//! and may make it fail, corrupt it, send it elsewhere or unwind. For tests and simulation; the daemon never makes one.
 
 use super::{Disk, DiskFile, SegmentBytes};
 use std::collections::BTreeMap;
@@ -16,10 +18,55 @@ const SECTOR_BYTES: usize = 512;
 /// Free space unless told otherwise, bytes.
 const FREE_BYTES: u64 = 1 << 40;
 
+/// What is about to happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Bytes are read.
+    Read,
+    /// Bytes are written, or zeroed.
+    Write,
+    /// A file is made durable.
+    Sync,
+    /// A file gets another length.
+    Truncate,
+    /// A name comes, changes or goes.
+    Name,
+    /// Names are made durable.
+    SyncNames,
+}
+
+/// An access, before it happens. Nothing of the disk is locked meanwhile.
+#[derive(Debug, Clone, Copy)]
+pub struct Access<'a> {
+    /// What.
+    pub verb: Verb,
+    /// Of which file or folder.
+    pub name: &'a str,
+    /// Where, bytes.
+    pub offset: u64,
+    /// How much.
+    pub bytes: u64,
+}
+
+/// What becomes of an access instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It fails with this error number.
+    Fails(i32),
+    /// This byte of what is read or written (from its beginning, wrapped around) is another.
+    Corrupts(u64),
+    /// It goes to this offset.
+    Strays(u64),
+}
+
+/// Sees every access.
+pub type Watch = Arc<dyn Fn(&Access<'_>) -> Option<Fault> + Send + Sync>;
+
 /// The disk; clones are the same disk.
 #[derive(Clone)]
 pub struct MemoryDisk {
     state: Arc<Mutex<State>>,
+    watch: Option<Watch>,
 }
 
 struct State {
@@ -31,7 +78,6 @@ struct State {
     operations: u64,
     crash_at: Option<u64>,
     sync_fails: bool,
-    sync_fails_at: Option<u64>,
     free_bytes: u64,
     writes_until_full: Option<u64>,
 }
@@ -72,11 +118,24 @@ impl MemoryDisk {
             operations: 0,
             crash_at: None,
             sync_fails: false,
-            sync_fails_at: None,
             free_bytes: FREE_BYTES,
             writes_until_full: None,
         };
-        Self { state: Arc::new(Mutex::new(state)) }
+        Self { state: Arc::new(Mutex::new(state)), watch: None }
+    }
+
+    /// The same disk; what is done through this clone, and what it opens, is watched.
+    pub fn watched(&self, watch: Watch) -> Self {
+        Self { state: self.state.clone(), watch: Some(watch) }
+    }
+
+    /// Asks the watch.
+    fn ask(&self, verb: Verb, name: &str, offset: u64, bytes: u64) -> io::Result<Option<Fault>> {
+        let Some(watch) = &self.watch else { return Ok(None) };
+        match watch(&Access { verb, name, offset, bytes }) {
+            Some(Fault::Fails(error)) => Err(io::Error::from_raw_os_error(error)),
+            fault => Ok(fault),
+        }
     }
 
     /// Changing operations so far.
@@ -87,18 +146,6 @@ impl MemoryDisk {
     /// The power goes just before changing operation number `operation` (from 0).
     pub fn crash_at(&self, operation: u64) {
         self.lock().crash_at = Some(operation);
-    }
-
-    /// Another process uses the disk, whose power did not go: what was written is there, durable
-    /// or not.
-    pub fn revive(&self) {
-        self.lock().crash_at = None;
-    }
-
-    /// The first sync of a file from operation number `operation` on fails, as on Linux: what it
-    /// should have made durable can still be read, but no later sync makes it durable.
-    pub fn fail_sync_at(&self, operation: u64) {
-        self.lock().sync_fails_at = Some(operation);
     }
 
     /// From now on every sync fails.
@@ -130,7 +177,7 @@ impl MemoryDisk {
     /// The disk as it is found after a power cut now.
     pub fn after_crash(&self, seed: u64) -> Self {
         let state = self.lock();
-        let mut random = Random(seed ^ 0x9e37_79b9_7f4a_7c15);
+        let mut random = Random::new(seed);
         let mut names = state.durable_names.clone();
         for change in &state.name_changes {
             if random.coin() {
@@ -221,6 +268,7 @@ impl Disk for MemoryDisk {
     }
 
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        self.ask(Verb::Name, name, 0, 0)?;
         let mut state = self.change()?;
         let file = state.next_file;
         state.next_file += 1;
@@ -228,17 +276,19 @@ impl Disk for MemoryDisk {
         let change = NameChange::Add(name.to_owned(), file);
         change_names(&mut state.names, &change);
         state.name_changes.push(change);
-        Ok(Arc::new(MemoryFile { disk: self.clone(), file }))
+        Ok(Arc::new(MemoryFile { disk: self.clone(), file, name: name.to_owned() }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        match self.lock().names.get(name) {
-            Some(file) => Ok(Arc::new(MemoryFile { disk: self.clone(), file: *file })),
+        let (disk, name) = (self.clone(), name.to_owned());
+        match self.lock().names.get(&name) {
+            Some(file) => Ok(Arc::new(MemoryFile { disk, file: *file, name })),
             None => Err(ErrorKind::NotFound.into()),
         }
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.ask(Verb::Name, from, 0, 0)?;
         let mut state = self.change()?;
         let file = *state.names.get(from).ok_or(ErrorKind::NotFound)?;
         for change in [NameChange::Add(to.to_owned(), file), NameChange::Remove(from.to_owned())] {
@@ -249,6 +299,7 @@ impl Disk for MemoryDisk {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
+        self.ask(Verb::Name, name, 0, 0)?;
         let mut state = self.change()?;
         if !state.names.contains_key(name) {
             return Err(ErrorKind::NotFound.into());
@@ -260,6 +311,7 @@ impl Disk for MemoryDisk {
     }
 
     fn sync_names(&self, folder: &str) -> io::Result<()> {
+        self.ask(Verb::SyncNames, folder, 0, 0)?;
         let mut state = self.change()?;
         if state.sync_fails {
             return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -293,60 +345,88 @@ impl Disk for MemoryDisk {
 struct MemoryFile {
     disk: MemoryDisk,
     file: u64,
+    name: String,
 }
 
 impl MemoryFile {
+    fn ask(&self, verb: Verb, offset: u64, bytes: u64) -> io::Result<Option<Fault>> {
+        self.disk.ask(verb, &self.name, offset, bytes)
+    }
+
     fn apply(&self, state: &mut State, change: Change) {
         let content = state.files.get_mut(&self.file).expect("files are never forgotten");
         apply(&mut content.bytes, &change);
         content.changes.push(change);
     }
-}
 
-impl DiskFile for MemoryFile {
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let state = self.disk.lock();
-        let bytes = &state.files[&self.file].bytes;
-        let (start, end) = (offset as usize, offset as usize + buffer.len());
-        buffer.copy_from_slice(bytes.get(start..end).ok_or(ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-
-    fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+    fn write(&self, mut offset: u64, mut content: Vec<u8>) -> io::Result<()> {
+        match self.ask(Verb::Write, offset, content.len() as u64)? {
+            Some(Fault::Corrupts(at)) if !content.is_empty() => {
+                let at = at as usize % content.len();
+                content[at] ^= 0x20;
+            }
+            Some(Fault::Strays(to)) => offset = to,
+            _ => {}
+        }
         let mut state = self.disk.change()?;
         match &mut state.writes_until_full {
             Some(0) => {
-                let half = content[..content.len() / 2].to_vec();
-                self.apply(&mut state, Change::Write(offset, half));
+                content.truncate(content.len() / 2);
+                self.apply(&mut state, Change::Write(offset, content));
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
             Some(left) => *left -= 1,
             None => {}
         }
-        self.apply(&mut state, Change::Write(offset, content.to_vec()));
+        self.apply(&mut state, Change::Write(offset, content));
         Ok(())
+    }
+
+    /// What was to be made durable is, or is not, and nobody tries again.
+    fn lose(&self) {
+        let mut state = self.disk.lock();
+        let mut random = Random::new(state.operations);
+        let content = state.files.get_mut(&self.file).expect("files are never forgotten");
+        for change in std::mem::take(&mut content.changes) {
+            survive(&mut content.durable, &change, &mut random);
+        }
+    }
+}
+
+impl DiskFile for MemoryFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let fault = self.ask(Verb::Read, offset, buffer.len() as u64)?;
+        let state = self.disk.lock();
+        let bytes = &state.files[&self.file].bytes;
+        let from = if let Some(Fault::Strays(to)) = fault { to } else { offset };
+        let (start, end) = (from as usize, from as usize + buffer.len());
+        buffer.copy_from_slice(bytes.get(start..end).ok_or(ErrorKind::UnexpectedEof)?);
+        if let (Some(Fault::Corrupts(at)), false) = (fault, buffer.is_empty()) {
+            buffer[at as usize % buffer.len()] ^= 0x20;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+        self.write(offset, content.to_vec())
     }
 
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let mut state = self.disk.change()?;
-        self.apply(&mut state, Change::Write(offset, vec![0; bytes as usize]));
-        Ok(())
+        self.write(offset, vec![0; bytes as usize])
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.ask(Verb::Sync, 0, 0).inspect_err(|_| self.lose())?;
         let mut state = self.disk.change()?;
         if state.sync_fails {
+            drop(state);
+            self.lose();
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        let operations = state.operations;
-        let fails = state.sync_fails_at.take_if(|at| operations > *at).is_some();
         let content = state.files.get_mut(&self.file).expect("files are never forgotten");
-        let changes = std::mem::take(&mut content.changes);
-        if fails {
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+        for change in std::mem::take(&mut content.changes) {
+            apply(&mut content.durable, &change);
         }
-        // Not simply all that can be read: a failed sync may have left some of it behind.
-        changes.iter().for_each(|change| apply(&mut content.durable, change));
         Ok(())
     }
 
@@ -359,6 +439,7 @@ impl DiskFile for MemoryFile {
     }
 
     fn truncate(&self, bytes: u64) -> io::Result<()> {
+        self.ask(Verb::Truncate, bytes, 0)?;
         let mut state = self.disk.change()?;
         self.apply(&mut state, Change::Truncate(bytes));
         Ok(())
@@ -380,6 +461,10 @@ impl DiskFile for MemoryFile {
 struct Random(u64);
 
 impl Random {
+    fn new(seed: u64) -> Self {
+        Self(seed ^ 0x9e37_79b9_7f4a_7c15)
+    }
+
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;

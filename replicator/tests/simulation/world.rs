@@ -1,0 +1,447 @@
+//! A server in memory: disks, an application that writes to them at seeded moments and marks as the
+//! tracker does, a clock that moves only when asked; and the trace of all that happens.
+//!
+//! Every write has a stamp of its own in every sector, so that no two versions of a block are
+//! alike. The agent's process may be killed at any moment: it unwinds, and only marks stay.
+
+use secondsite::source::seams::{Batch, Disk, DiskError, Env, Freeze, Tracker};
+use secondsite_tracker::ebpf::Audit;
+use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use xxhash_rust::xxh3::Xxh3;
+
+pub const BLOCK: usize = 4096;
+
+/// A small generator: the same seed, the same run.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+/// How a process that is killed unwinds.
+pub struct Killed;
+
+/// Marks that outlive the agent's process, as pinned maps do.
+pub struct Pinned([Arc<[AtomicU64]>; 4]);
+
+impl Pinned {
+    fn new(blocks: u64) -> Self {
+        let leaves = blocks.div_ceil(64) as usize;
+        let summary = leaves.div_ceil(64);
+        Self([64, leaves, summary, leaves].map(|words| (0..words).map(|_| 0.into()).collect()))
+    }
+
+    fn open(&self, blocks: u64) -> Arc<Marks> {
+        let [header, live, summary, taken] = self.0.each_ref().map(|words| Box::new(words.clone()));
+        Arc::new(Marks::open(blocks, MarksMemory { header, live, summary, taken }))
+    }
+}
+
+struct Write {
+    run: BlockRun,
+    /// None writes zeros.
+    stamp: Option<u64>,
+    landed: bool,
+}
+
+impl Write {
+    fn land(&self, data: &mut [u8]) {
+        for block in self.run.first..self.run.first + self.run.count {
+            put(&mut data[block as usize * BLOCK..][..BLOCK], block, self.stamp);
+        }
+    }
+}
+
+/// A block's content: zero, or a byte throughout with stamp and place in each sector.
+fn put(data: &mut [u8], block: u64, stamp: Option<u64>) {
+    let Some(stamp) = stamp else { return data.fill(0) };
+    data.fill(stamp as u8 | 1);
+    for (i, sector) in data.chunks_mut(512).enumerate() {
+        sector[..8].copy_from_slice(&stamp.to_le_bytes());
+        sector[8..16].copy_from_slice(&(block * 8 + i as u64).to_le_bytes());
+    }
+}
+
+/// What all volumes were at one instant.
+pub type Instant = Vec<Arc<Vec<u8>>>;
+
+pub struct DiskState {
+    pub data: Vec<u8>,
+    pub marks: Arc<Marks>,
+    writes: Vec<Write>,
+    /// Writes that the tracker missed since its audit began anew.
+    pub missed: u64,
+    /// Blocks that fail to read.
+    pub bad: BTreeSet<u64>,
+    pub gone: bool,
+    pinned: Pinned,
+}
+
+pub struct State {
+    pub rng: Rng,
+    pub now: Duration,
+    pub disks: Vec<DiskState>,
+    /// Percent of the moments at which the application does something.
+    pub busy: u64,
+    /// Percent of its writes that the tracker misses.
+    pub missing: u64,
+    /// It also writes below the file systems, where no freeze holds it.
+    pub raw: bool,
+    frozen: bool,
+    pub freezes: u64,
+    stamp: u64,
+    /// The agent's process is running its code now.
+    pub in_agent: bool,
+    /// Moments of the agent's own until it is killed.
+    pub kill_in: Option<u64>,
+    /// By cut: the instant at which the last attempt to prove it began.
+    pub instants: BTreeMap<[u8; 16], Instant>,
+    /// The member whose audit came last in the proof that is going on.
+    proving: Option<usize>,
+    trace: Xxh3,
+    loud: bool,
+}
+
+/// The server.
+pub struct World(Mutex<State>);
+
+impl World {
+    pub fn new(seed: u64, disks: usize, blocks: usize) -> Arc<Self> {
+        let mut rng = Rng(seed);
+        let disks = (0..disks)
+            .map(|_| {
+                let mut data = vec![0; blocks * BLOCK];
+                for (i, block) in data.chunks_mut(BLOCK).enumerate() {
+                    if rng.chance(70) {
+                        put(block, i as u64, Some(rng.next() | 1 << 63));
+                    }
+                }
+                let pinned = Pinned::new(blocks as u64);
+                DiskState {
+                    data,
+                    marks: pinned.open(blocks as u64),
+                    pinned,
+                    writes: Vec::new(),
+                    missed: 0,
+                    bad: BTreeSet::new(),
+                    gone: false,
+                }
+            })
+            .collect();
+        let now = Duration::from_secs(1000);
+        Arc::new(Self(Mutex::new(State {
+            rng,
+            now,
+            disks,
+            busy: 0,
+            missing: 0,
+            raw: false,
+            frozen: false,
+            freezes: 0,
+            stamp: 0,
+            in_agent: false,
+            kill_in: None,
+            instants: BTreeMap::new(),
+            proving: None,
+            trace: Xxh3::new(),
+            loud: std::env::var_os("SECONDSITE_TRACE").is_some(),
+        })))
+    }
+
+    /// Notes an event in the trace.
+    pub fn note(&self, what: &str, values: &[u64]) {
+        let mut state = self.state();
+        let now = state.now.as_nanos() as u64;
+        if state.loud {
+            eprintln!("{now:>16} {what} {values:x?}");
+        }
+        state.trace.update(what.as_bytes());
+        state.trace.update(&now.to_le_bytes());
+        values.iter().for_each(|value| state.trace.update(&value.to_le_bytes()));
+    }
+
+    pub fn below(&self, end: u64) -> u64 {
+        self.state().rng.below(end)
+    }
+
+    pub fn chance(&self, percent: u64) -> bool {
+        self.state().rng.chance(percent)
+    }
+
+    /// Digest of all events so far.
+    pub fn trace(&self) -> u64 {
+        self.state().trace.digest()
+    }
+
+    /// The agent's process begins: it finds what is pinned, and whoever froze has thawed.
+    pub fn agent_begins(&self) {
+        let mut state = self.state();
+        (state.frozen, state.in_agent, state.kill_in) = (false, false, None);
+        for disk in &mut state.disks {
+            disk.marks = disk.pinned.open(disk.data.len().div_ceil(BLOCK) as u64);
+        }
+    }
+
+    /// The server is booted anew: the marks are gone, and writes on their way landed or not.
+    pub fn reboot(&self) {
+        let mut state = self.state();
+        let State { disks, rng, .. } = &mut *state;
+        for disk in disks {
+            for write in std::mem::take(&mut disk.writes) {
+                if !write.landed && rng.chance(50) {
+                    write.land(&mut disk.data);
+                }
+            }
+            disk.missed = 0;
+            disk.pinned = Pinned::new(disk.marks.blocks());
+            disk.marks = disk.pinned.open(disk.marks.blocks());
+            disk.marks.set_compare_due(true);
+        }
+    }
+
+    /// What is proven from here on is proven of another instant.
+    pub fn no_proof(&self) {
+        self.state().proving = None;
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A moment passes: the application may queue a write, one may reach the disk, one may
+    /// complete; and the agent may be killed.
+    pub fn moment(&self) {
+        let mut state = self.state();
+        if state.in_agent
+            && let Some(left) = &mut state.kill_in
+        {
+            if *left == 0 {
+                drop(state);
+                self.note("agent killed", &[]);
+                resume_unwind(Box::new(Killed));
+            }
+            *left -= 1;
+        }
+        let busy = state.busy;
+        if (state.frozen && !state.raw) || !state.rng.chance(busy) {
+            return;
+        }
+        let State { rng, disks, missing, stamp, .. } = &mut *state;
+        let count = disks.len() as u64;
+        let disk = &mut disks[rng.below(count) as usize];
+        match rng.below(3) {
+            0 if disk.writes.len() < 4 => {
+                let first = rng.below(disk.marks.blocks());
+                // Mostly small; now and then more than fits one frame.
+                let most = if rng.chance(5) { disk.marks.blocks() } else { 3 };
+                let count = (1 + rng.below(most)).min(disk.marks.blocks() - first);
+                let run = BlockRun { first, count };
+                *stamp += 1;
+                let stamp = (!rng.chance(20)).then_some(*stamp);
+                let write = Write { run, stamp, landed: false };
+                if rng.chance(*missing) {
+                    disk.missed += 1;
+                    write.land(&mut disk.data);
+                } else {
+                    disk.marks.mark(run);
+                    disk.writes.push(write);
+                }
+            }
+            1 => {
+                if let Some(write) = disk.writes.iter_mut().find(|write| !write.landed) {
+                    write.landed = true;
+                    write.land(&mut disk.data);
+                }
+            }
+            _ => {
+                if let Some(i) = disk.writes.iter().position(|write| write.landed) {
+                    let write = disk.writes.remove(i);
+                    disk.marks.mark(write.run);
+                }
+            }
+        }
+    }
+
+    /// All that is in flight completes.
+    pub fn settle(&self) {
+        for disk in &mut self.state().disks {
+            for write in std::mem::take(&mut disk.writes) {
+                if !write.landed {
+                    write.land(&mut disk.data);
+                }
+                disk.marks.mark(write.run);
+            }
+        }
+    }
+
+    /// No update is lost: a block that differs from what is committed is marked, or on its way.
+    pub fn check_nothing_lost(&self, disk: usize, committed: &[u8]) {
+        let state = self.state();
+        let disk = &state.disks[disk];
+        if disk.missed > 0 || disk.marks.compare_due() {
+            return;
+        }
+        for (i, (ours, theirs)) in disk.data.chunks(BLOCK).zip(committed.chunks(BLOCK)).enumerate()
+        {
+            let block = BlockRun { first: i as u64, count: 1 };
+            let flying = disk.writes.iter().any(|write| {
+                (write.run.first..write.run.first + write.run.count).contains(&(i as u64))
+            });
+            // Stamp and place stand in front; the rest of a block follows from them.
+            let equal = ours[..16] == theirs[..16];
+            assert!(equal || flying || disk.marks.holds(block), "block {i} is lost");
+        }
+    }
+}
+
+impl Env for World {
+    fn now(&self) -> Duration {
+        self.state().now
+    }
+    fn wall_ns(&self) -> u64 {
+        self.state().now.as_nanos() as u64
+    }
+    fn random(&self) -> [u8; 16] {
+        let mut state = self.state();
+        let (a, b) = (state.rng.next(), state.rng.next());
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&a.to_le_bytes());
+        bytes[8..].copy_from_slice(&b.to_le_bytes());
+        bytes
+    }
+}
+
+/// One of its disks, for reading.
+pub struct MemoryDisk {
+    pub world: Arc<World>,
+    pub index: usize,
+    pub queue: Vec<Batch>,
+}
+
+impl Disk for MemoryDisk {
+    fn check(&mut self) -> Result<(), DiskError> {
+        if self.world.state().disks[self.index].gone {
+            return Err(DiskError::Gone { path: "/dev/mem".into(), cause: "pulled".into() });
+        }
+        Ok(())
+    }
+    fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
+        self.check()?;
+        self.queue.push(batch);
+        Ok(())
+    }
+    fn wait(&mut self) -> Result<Batch, DiskError> {
+        self.check()?;
+        let any = self.world.state().rng.below(self.queue.len() as u64) as usize;
+        let mut batch = self.queue.swap_remove(any);
+        for piece in &batch.pieces {
+            // Block by block, and time passes in between.
+            for at in (0..piece.bytes).step_by(BLOCK) {
+                self.world.moment();
+                let state = self.world.state();
+                let disk = &state.disks[self.index];
+                let (from, len) = (piece.offset as usize + at, BLOCK.min(piece.bytes - at));
+                if disk.bad.contains(&((from / BLOCK) as u64)) {
+                    batch.unreadable.push((from as u64, len as u64));
+                }
+                batch.buffer.bytes_mut()[piece.at + at..piece.at + at + len]
+                    .copy_from_slice(&disk.data[from..from + len]);
+            }
+        }
+        Ok(batch)
+    }
+    fn outstanding(&self) -> usize {
+        self.queue.len()
+    }
+    fn urgent(&mut self, _urgent: bool) {}
+}
+
+/// Its tracker.
+pub struct MemoryTracker {
+    pub world: Arc<World>,
+    pub marks: Arc<Marks>,
+    pub index: usize,
+    pub freezable: bool,
+}
+
+impl Tracker for MemoryTracker {
+    fn marks(&self) -> &Arc<Marks> {
+        &self.marks
+    }
+    fn audit(&self) -> Audit {
+        self.world.moment();
+        let audit = {
+            let mut state = self.world.state();
+            let cut = state.disks[self.index].marks.cut().cut_id;
+            if state.proving.is_none_or(|last| self.index <= last) {
+                let instant = state.disks.iter().map(|disk| Arc::new(disk.data.clone())).collect();
+                state.instants.insert(cut, instant);
+            }
+            state.proving = Some(self.index);
+            let disk = &state.disks[self.index];
+            if !disk.writes.is_empty() {
+                Audit::Busy
+            } else if disk.missed > 0 {
+                Audit::Gap(format!("{} writes", disk.missed))
+            } else {
+                Audit::Good
+            }
+        };
+        self.world.moment();
+        audit
+    }
+    fn rebase(&self) -> Result<(), String> {
+        self.world.moment();
+        self.world.state().disks[self.index].missed = 0;
+        Ok(())
+    }
+    fn mounts(&self) -> Vec<PathBuf> {
+        if self.freezable { vec!["/mnt".into()] } else { Vec::new() }
+    }
+    fn sync(&self, _mount: &Path) -> Result<Duration, String> {
+        Ok(Duration::from_millis(20))
+    }
+    fn writes_in_flight(&self) -> bool {
+        !self.world.state().disks[self.index].writes.is_empty()
+    }
+}
+
+/// Its freezer.
+pub struct MemoryFreezer(pub Arc<World>);
+
+impl Freeze for MemoryFreezer {
+    fn freeze(&mut self, _mounts: &[PathBuf], _limit: Duration) -> Result<(), String> {
+        self.0.moment();
+        self.0.settle();
+        let mut state = self.0.state();
+        state.frozen = true;
+        state.freezes += 1;
+        Ok(())
+    }
+    fn thaw(&mut self) -> Result<(Duration, bool), String> {
+        self.0.moment();
+        let mut state = self.0.state();
+        state.proving = None;
+        state.frozen = false;
+        state.now += Duration::from_millis(10);
+        Ok((Duration::from_millis(10), true))
+    }
+}
