@@ -4,7 +4,7 @@
 
 use secondsite_tracker::grow::{Extent, Sets, grow};
 use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
-use secondsite_tracker::sync::Word;
+use secondsite_tracker::sync::{Memory, Word};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -158,10 +158,10 @@ impl Kernel {
     fn memory(&self, set: usize) -> MarksMemory<Mortal> {
         let [live, summary, taken] = self.sets.borrow()[set].clone().expect("it is pinned");
         MarksMemory {
-            header: Box::new(self.header.clone()),
-            live: Box::new(live),
-            summary: Box::new(summary),
-            taken: Box::new(taken),
+            header: Memory::new(self.header.clone()),
+            live: Memory::new(live),
+            summary: Memory::new(summary),
+            taken: Memory::new(taken),
         }
     }
 }
