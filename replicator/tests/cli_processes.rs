@@ -210,7 +210,7 @@ fn what_a_newer_version_wrote_is_named_and_left_alone() {
     // Control's database, with its log not written back: control was killed.
     control.signal("KILL");
     control.child.wait().unwrap();
-    let database = dr.join("state/control.db");
+    let database = dr.join("state/control/control.db");
     future_migration(&database);
     refuses("dr", &["control"], &database, "migration 9999");
     refuses("dr", &["setup", "--store", &store], &database, "migration 9999");

@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 const CONFIG: &str = "etc/secondsite/conf.d/10-local.toml";
 /// Units, and the exposure that `systemd-analyze security` may give them.
 const UNITS: [(&str, f64); 3] = [("agent", 4.0), ("control", 2.0), ("target", 2.0)];
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 16] = [
     "setup",
     "control",
     "target",
@@ -23,6 +23,10 @@ const COMMANDS: [&str; 12] = [
     "points",
     "cut",
     "verify",
+    "explain",
+    "check",
+    "doctor",
+    "config",
 ];
 
 fn root() -> PathBuf {

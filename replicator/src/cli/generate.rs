@@ -23,8 +23,12 @@ const EXIT_CODES: [(&str, &str); 9] = [
     ("78", "the configuration is wrong or missing"),
 ];
 
+/// Exit codes of `check`: those of Nagios.
+const CHECK_CODES: [(&str, &str); 4] =
+    [("0", "ok"), ("1", "warning"), ("2", "critical"), ("3", "unknown")];
+
 /// By command: what to type, and what it does. Every one is parsed by a test.
-const EXAMPLES: [(&str, &[(&str, &str)]); 12] = [
+const EXAMPLES: [(&str, &[(&str, &str)]); 16] = [
     (
         "setup",
         &[
@@ -67,6 +71,22 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 12] = [
     ("points", &[("secondsite points db1 --json", "Recovery points for a script.")]),
     ("cut", &[("secondsite cut db1 --wait", "A recovery point now; returns when it is listed.")]),
     ("verify", &[("secondsite verify db1", "Ends with 65 if anything differs.")]),
+    (
+        "explain",
+        &[
+            ("secondsite explain db1", "Why it is as it is, and what to type."),
+            ("secondsite explain --list", "All codes."),
+        ],
+    ),
+    (
+        "check",
+        &[(
+            "secondsite check db1 --warning 1m --critical 5m",
+            "For Nagios, with limits of its own.",
+        )],
+    ),
+    ("doctor", &[("secondsite doctor", "Before setup or join, and when something is wrong.")]),
+    ("config", &[("secondsite config check", "After a change, before a restart.")]),
 ];
 
 pub(super) fn run(args: &GenerateArgs) -> Result<(), Failure> {
@@ -141,8 +161,9 @@ fn page(title: &str, command: &Command, examples: &[(&str, &str)]) -> std::io::R
         }
     }
     rest.control("SH", ["EXIT STATUS"]);
-    for (code, meaning) in EXIT_CODES {
-        item(&mut rest, bold(code), meaning);
+    let codes = if command.get_name() == "check" { &CHECK_CODES[..] } else { &EXIT_CODES[..] };
+    for (code, meaning) in codes {
+        item(&mut rest, bold(*code), meaning);
     }
     rest.control("SH", ["FILES"]);
     for (path, what) in [

@@ -116,7 +116,11 @@ impl Values for ControlConfig {
         let Self { listen, store, certificate_life, metrics } = self;
         vec![
             listen.to_string(),
-            store.as_ref().unwrap_or(&paths.state).display().to_string(),
+            store
+                .clone()
+                .unwrap_or_else(|| paths.state.join(Self::Part::ROLE))
+                .display()
+                .to_string(),
             goal(certificate_life.as_secs()),
             address(*metrics),
         ]

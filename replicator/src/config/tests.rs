@@ -142,16 +142,18 @@ fn every_value_is_shown_with_its_place() {
             (one.role, one.key, one.value.as_str(), line)
         })
         .collect();
-    let state = paths.state.display().to_string();
+    let state = paths.state.join("control").display().to_string();
     let expected = [
         ("control", "listen", "0.0.0.0:7443", 1),
         ("control", "store", state.as_str(), 0),
         ("control", "certificate_life", "30d", 0),
+        ("control", "metrics", "", 0),
         ("agent", "control", "dr1:7443", 1),
         ("agent", "name", "db2", 4),
         ("agent", "memory", "1 GiB", 3),
         ("agent", "workers", "2", 0),
         ("agent", "allow", "", 0),
+        ("agent", "metrics", "", 0),
     ];
     assert_eq!(shown, expected);
 }
