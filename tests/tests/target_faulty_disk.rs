@@ -258,8 +258,7 @@ fn stopped(lab: &mut Lab, causes: &[&str]) -> ServerStatus {
 /// Takes all the space of a file system; returns the file that has it.
 fn fill(dir: &Path) -> PathBuf {
     let path = dir.join("filler");
-    let mut file =
-        OpenOptions::new().write(true).create(true).append(true).open(&path).expect("it");
+    let mut file = OpenOptions::new().create(true).append(true).open(&path).expect("it");
     let mut piece = vec![0x5a; 4 << 20];
     while !piece.is_empty() {
         match file.write_all(&piece) {
