@@ -40,7 +40,7 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
     let mut lab = Lab::with_store(&store.path());
     app.protect(&mut lab, &mut random);
 
-    for turn in 0..soak(2, 20) {
+    for turn in 0..soak(1, 20) {
         app.writes_more(random.below(8 << 20));
         eprintln!("turn {turn}: writes fail");
         store.fail_writes(true);
@@ -92,7 +92,7 @@ fn a_full_store_only_makes_the_loss_grow() {
     let mut lab = Lab::with_store(store.path());
     app.protect(&mut lab, &mut random);
 
-    for turn in 0..soak(2, 20) {
+    for turn in 0..soak(1, 20) {
         app.writes_more(random.below(8 << 20));
         eprintln!("turn {turn}: the store fills");
         let filler = fill(store.path());
@@ -119,7 +119,7 @@ fn a_power_cut_of_the_target_loses_nothing_acknowledged() {
     let mut lab = Lab::with_store(&store.path());
     app.protect(&mut lab, &mut random);
 
-    for turn in 0..soak(6, 60) {
+    for turn in 0..soak(4, 60) {
         let epoch = epoch_of(&lab.status().expect("status"));
         app.writes_more(random.below(6 << 20));
         let again = random.below(3) == 0;
@@ -258,8 +258,7 @@ fn stopped(lab: &mut Lab, causes: &[&str]) -> ServerStatus {
 /// Takes all the space of a file system; returns the file that has it.
 fn fill(dir: &Path) -> PathBuf {
     let path = dir.join("filler");
-    let mut file =
-        OpenOptions::new().write(true).create(true).append(true).open(&path).expect("it");
+    let mut file = OpenOptions::new().create(true).append(true).open(&path).expect("it");
     let mut piece = vec![0x5a; 4 << 20];
     while !piece.is_empty() {
         match file.write_all(&piece) {
