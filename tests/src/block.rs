@@ -2,9 +2,10 @@
 //! comparison.
 
 use crate::wait_until;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -77,6 +78,7 @@ impl Drop for LoopDevice {
 
 /// A mounted file system; unmounted when dropped.
 pub struct Mount {
+    device: PathBuf,
     path: PathBuf,
 }
 
@@ -86,7 +88,7 @@ impl Mount {
         std::fs::create_dir_all(path).expect("a mount point");
         let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
         run("mount", &["-o", options, &text(device), &text(path)]);
-        Self { path: path.to_owned() }
+        Self { device: device.to_owned(), path: path.to_owned() }
     }
 
     /// Where it is.
@@ -94,12 +96,18 @@ impl Mount {
         &self.path
     }
 
-    /// Unmounts. The agent holds a mount for the moment of a freeze or sync: that is waited for.
+    /// Unmounts, everywhere: afterwards the file system has written all that it ever will. The agent
+    /// holds a mount for the moment of a freeze or sync, and another mount namespace may have a copy
+    /// of it: both are waited for.
     pub fn unmount(self) {
         wait_until("it is unmounted", Duration::from_secs(10), || {
             let output = Command::new("umount").arg(&self.path).output().expect("umount runs");
             let talk = || String::from_utf8_lossy(&output.stderr).into_owned();
             output.status.success().then_some(()).ok_or_else(talk)
+        });
+        wait_until("no other namespace has it mounted", Duration::from_secs(60), || {
+            let alone = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&self.device);
+            alone.map(drop).map_err(|error| format!("{}: {error}", self.device.display()))
         });
         std::mem::forget(self);
     }

@@ -158,12 +158,6 @@ impl FaultyStore {
         }
     }
 
-    /// Unmounts, repairs and mounts again, as an operator does after errors; nothing may use it.
-    pub fn remount(&mut self) {
-        self.mount.take().expect("it is mounted").unmount();
-        self.mount();
-    }
-
     /// The power goes: what was not flushed is lost, and from now on nothing can be read or written.
     pub fn cut_power(&mut self) {
         kill(self.device().server.pid(), Signal::SIGKILL).expect("kill our own nbdkit");
@@ -173,9 +167,11 @@ impl FaultyStore {
         });
     }
 
-    /// The power is back: the medium as it was found, its journal replayed. Nothing may use it.
-    pub fn restore_power(&mut self) {
+    /// Takes it apart and brings it back as its medium is: repaired, mounted again, nothing of it
+    /// in the page cache. Nothing may use it.
+    pub fn restore(&mut self) {
         self.mount.take().expect("it is mounted").unmount();
+        // A new device each time: a mount namespace of somebody else's may still hold the old one.
         self.device = None;
         self.power_on();
         self.mount();
@@ -207,13 +203,9 @@ impl FaultyStore {
     fn mount(&mut self) {
         let device = self.device().path().to_owned();
         // What was cut off in the middle is repaired by the journal; -p fails on anything worse.
-        // A namespace that somebody makes just now may hold the last mount for a moment more.
-        wait_until("e2fsck is done", START_LIMIT, || {
-            let ended = Command::new("e2fsck").arg("-p").arg(&device).output().expect("it runs");
-            let talk = || String::from_utf8_lossy(&ended.stdout).into_owned();
-            let good = ended.status.code().is_some_and(|code| code <= 1);
-            good.then_some(()).ok_or_else(talk)
-        });
+        let ended = Command::new("e2fsck").arg("-p").arg(&device).output().expect("e2fsck runs");
+        let talk = String::from_utf8_lossy(&ended.stdout);
+        assert!(ended.status.code().is_some_and(|code| code <= 1), "e2fsck: {talk}");
         self.mount = Some(Mount::new(&device, &self.path(), "defaults"));
         run("chmod", &["0700", self.path().to_str().expect("UTF-8")]);
     }

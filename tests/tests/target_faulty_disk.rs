@@ -40,12 +40,12 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
     let mut lab = Lab::with_store(&store.path());
     app.protect(&mut lab, &mut random);
 
-    for turn in 0..soak(2, 20) {
+    for turn in 0..soak(1, 20) {
         app.writes_more(random.below(8 << 20));
         eprintln!("turn {turn}: writes fail");
         store.fail_writes(true);
         // Which of the two depends on whose write was the first: ours, or the file system's own.
-        let status = stopped(&mut lab, "", &["Input/output error", "Read-only file system"]);
+        let status = stopped(&mut lab, &["Input/output error", "Read-only file system"]);
         app.writes_more(4 << 20);
         store.fail_writes(false);
         // Well again, but what the failed sync lost is not known: nothing goes on by itself.
@@ -53,7 +53,7 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
         let now = lab.status().expect("status");
         assert_eq!((now.state, epoch_of(&now)), (State::Stopped, epoch_of(&status)));
         lab.kill(Daemon::Target);
-        store.remount();
+        store.restore();
         lab.start_target();
         lab.wait_for_epoch_after(epoch_of(&status), PATIENCE);
         assert!(!lab.has_said(Daemon::Replicate, LOST), "an acknowledged epoch was lost");
@@ -61,13 +61,13 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
 
     // What lies in the replica volume is not in the page cache after this.
     lab.stop(Daemon::Target);
-    store.remount();
+    store.restore();
     lab.start_target();
     lab.wait("it is protected", PATIENCE, |status| status.state == State::Protected);
     store.fail_reads(true);
     // It reads all of the replica volume, and cannot end before that was read.
     let mut verify = lab.spawn_cli(&["verify", SERVER, "--yes"]);
-    let status = stopped(&mut lab, "reading", &["Input/output error"]);
+    let status = stopped(&mut lab, &["Input/output error"]);
     app.writes_more(4 << 20);
     store.fail_reads(false);
     lab.kill(Daemon::Target);
@@ -78,7 +78,7 @@ fn errors_stop_the_volume_and_nothing_is_lost() {
         Some(status) if status.success() => Ok(()),
         Some(status) => panic!("verify: {status}: {}", verify.log()),
     });
-    app.end(&mut lab, || store.remount());
+    app.end(&mut lab, || store.restore());
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn a_full_store_only_makes_the_loss_grow() {
     let mut lab = Lab::with_store(store.path());
     app.protect(&mut lab, &mut random);
 
-    for turn in 0..soak(2, 20) {
+    for turn in 0..soak(1, 20) {
         app.writes_more(random.below(8 << 20));
         eprintln!("turn {turn}: the store fills");
         let filler = fill(store.path());
@@ -119,7 +119,7 @@ fn a_power_cut_of_the_target_loses_nothing_acknowledged() {
     let mut lab = Lab::with_store(&store.path());
     app.protect(&mut lab, &mut random);
 
-    for turn in 0..soak(6, 60) {
+    for turn in 0..soak(4, 60) {
         let epoch = epoch_of(&lab.status().expect("status"));
         app.writes_more(random.below(6 << 20));
         let again = random.below(3) == 0;
@@ -146,7 +146,7 @@ fn a_power_cut_of_the_target_loses_nothing_acknowledged() {
         if alone {
             lab.kill(Daemon::Replicate);
         }
-        store.restore_power();
+        store.restore();
         lab.start_target();
         if alone {
             // With nobody to send it again, the point can only come from the disk.
@@ -164,7 +164,7 @@ fn a_power_cut_of_the_target_loses_nothing_acknowledged() {
     // The replica volume as it is on the medium, not as the page cache has it.
     app.end(&mut lab, || {
         store.cut_power();
-        store.restore_power();
+        store.restore();
     });
 }
 
@@ -244,11 +244,11 @@ impl Application {
     }
 }
 
-/// Waits until the server is shown as stopped at the target, in the middle of `doing`, for one of
-/// these causes, with the remedy.
-fn stopped(lab: &mut Lab, doing: &str, causes: &[&str]) -> ServerStatus {
+/// Waits until the server is shown as stopped at the target for one of these causes, with the
+/// remedy.
+fn stopped(lab: &mut Lab, causes: &[&str]) -> ServerStatus {
     lab.wait("the status says that and why it is stopped", PATIENCE, |status| {
-        let always = ["the target stopped it", "repair the storage, then restart", doing];
+        let always = ["the target stopped it", "repair the storage, then restart"];
         status.state == State::Stopped
             && always.iter().all(|words| status.reason.contains(words))
             && causes.iter().any(|cause| status.reason.contains(cause))
@@ -258,8 +258,7 @@ fn stopped(lab: &mut Lab, doing: &str, causes: &[&str]) -> ServerStatus {
 /// Takes all the space of a file system; returns the file that has it.
 fn fill(dir: &Path) -> PathBuf {
     let path = dir.join("filler");
-    let mut file =
-        OpenOptions::new().write(true).create(true).append(true).open(&path).expect("it");
+    let mut file = OpenOptions::new().create(true).append(true).open(&path).expect("it");
     let mut piece = vec![0x5a; 4 << 20];
     while !piece.is_empty() {
         match file.write_all(&piece) {

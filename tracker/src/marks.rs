@@ -55,7 +55,7 @@ impl Marks {
     /// Marks in plain memory: for compare-only volumes and simulation.
     pub fn in_memory(blocks: u64) -> Self {
         let words = |count: usize| -> Memory<AtomicU64> {
-            Box::new((0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>())
+            Memory::new((0..count).map(|_| AtomicU64::new(0)).collect::<Vec<_>>())
         };
         let memory = MarksMemory {
             header: words(HEADER_WORDS),

@@ -4,6 +4,8 @@
 //! words of their own. Nothing else in the crate may touch the shared memory.
 
 use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An atomic 64-bit word of shared memory.
@@ -16,9 +18,64 @@ pub trait Word: Send + Sync {
     fn fence(order: Ordering);
 }
 
-/// Words that live as long as the box: heap, or a mapping of pinned memory.
+/// What owns words: heap, or a mapping of pinned memory.
+///
+/// # Safety
+/// The words are the same ones, and at the same place, as long as the owner lives, wherever the
+/// owner itself is moved.
 #[doc(hidden)]
-pub type Memory<W> = Box<dyn Deref<Target = [W]> + Send + Sync>;
+pub unsafe trait Owner<W>: Send + Sync + 'static {
+    fn words(&self) -> &[W];
+}
+
+// SAFETY: an element is added, removed or moved only through `&mut`, which nobody has any more.
+unsafe impl<W: Send + Sync + 'static> Owner<W> for Vec<W> {
+    fn words(&self) -> &[W] {
+        self
+    }
+}
+
+// SAFETY: what an `Arc` holds stays where it is.
+unsafe impl<W: Send + Sync + 'static> Owner<W> for Arc<[W]> {
+    fn words(&self) -> &[W] {
+        self
+    }
+}
+
+// SAFETY: borrowed for ever.
+unsafe impl<W: Send + Sync> Owner<W> for &'static [W] {
+    fn words(&self) -> &[W] {
+        self
+    }
+}
+
+/// Words with their owner. Where they are is asked once: marking is a matter of nanoseconds.
+#[doc(hidden)]
+pub struct Memory<W> {
+    words: NonNull<[W]>,
+    _owner: Box<dyn Send + Sync>,
+}
+
+// SAFETY: it gives out nothing but shared references to words, which are `Sync`.
+unsafe impl<W: Send + Sync> Send for Memory<W> {}
+// SAFETY: as above.
+unsafe impl<W: Send + Sync> Sync for Memory<W> {}
+
+impl<W> Memory<W> {
+    /// Takes the owner in.
+    pub fn new<O: Owner<W>>(owner: O) -> Self {
+        let words = NonNull::from(owner.words());
+        Self { words, _owner: Box::new(owner) }
+    }
+}
+
+impl<W> Deref for Memory<W> {
+    type Target = [W];
+    fn deref(&self) -> &[W] {
+        // SAFETY: the owner lives as long as `self`, and by its contract the words stay.
+        unsafe { self.words.as_ref() }
+    }
+}
 
 impl Word for AtomicU64 {
     fn load(&self, order: Ordering) -> u64 {

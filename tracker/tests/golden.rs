@@ -6,6 +6,7 @@
 
 use secondsite_tracker::header::{CutSlot, HEADER_WORDS, Header, State};
 use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
+use secondsite_tracker::sync::Memory;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 type Words = &'static [AtomicU64];
@@ -102,10 +103,10 @@ fn the_bits_stand_in_their_order() {
     const BLOCKS: u64 = 64 * 64 * 3;
     let (header, live, summary, taken) = (words(HEADER_WORDS), words(192), words(1), words(192));
     let memory = MarksMemory {
-        header: Box::new(header),
-        live: Box::new(live),
-        summary: Box::new(summary),
-        taken: Box::new(taken),
+        header: Memory::new(header),
+        live: Memory::new(live),
+        summary: Memory::new(summary),
+        taken: Memory::new(taken),
     };
     let marks = Marks::open(BLOCKS, memory);
     for block in [0, 63, 64 + 1, 64 * 64 * 2 + 5] {

@@ -11,7 +11,7 @@ use secondsite_tracker::sync::Memory;
 const BLOCK: u64 = 3;
 
 fn bitmaps() -> Bitmaps<AtomicU64> {
-    let word = || -> Memory<AtomicU64> { Box::new(vec![AtomicU64::new(0)]) };
+    let word = || -> Memory<AtomicU64> { Memory::new(vec![AtomicU64::new(0)]) };
     Bitmaps::new(64, word(), word(), word())
 }
 

@@ -2,6 +2,7 @@
 
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
+use secondsite_tracker::sync::Memory;
 use secondsite_tracker::sync::Word;
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -60,7 +61,8 @@ impl Pinned {
     }
 
     fn open(&self) -> Marks<Mortal> {
-        let [header, live, summary, taken] = self.0.each_ref().map(|words| Box::new(words.clone()));
+        let [header, live, summary, taken] =
+            self.0.each_ref().map(|words| Memory::new(words.clone()));
         Marks::open(BLOCKS, MarksMemory { header, live, summary, taken })
     }
 }

@@ -144,12 +144,13 @@ fn newer_pins_are_left_alone() {
     let (ebpf, _) = attach(&disk.path, &pins);
     ebpf.marks().set_compare_due(false);
     drop(ebpf);
-    let ours = u64::from_le_bytes(*b"SSMARK\x01\0");
-    let newer = u64::from_le_bytes(*b"SSMARK\x02\0");
+    let ours = u64::from_le_bytes(*b"SSMARK\x02\0");
+    let newer = u64::from_le_bytes(*b"SSMARK\x03\0");
     assert_eq!(header(&pins.0).get(&0, 0).unwrap(), ours);
     header(&pins.0).set(0, newer, 0).unwrap();
     let before = pinned(&pins.0);
     let expected = [
+        "bitmaps",
         "counters",
         "header",
         "link_bio0",
@@ -158,27 +159,27 @@ fn newer_pins_are_left_alone() {
         "link_queue1",
         "link_request0",
         "link_request1",
-        "live",
+        "live0",
         "prog_bio0",
         "prog_bio1",
         "prog_queue0",
         "prog_queue1",
         "prog_request0",
         "prog_request1",
-        "summary",
-        "taken",
+        "summary0",
+        "taken0",
     ];
     assert_eq!(before.0, expected, "the names of the pins are part of their layout");
 
     let device = Device::open(&disk.path).unwrap();
     let error = Ebpf::attach(&device, real::BLOCK as u32, &pins.0).err().unwrap().to_string();
     let remedy = format!("rm -r {}", pins.0.display());
-    for part in ["newer Secondsite", "version 2", "up to 1", &remedy] {
+    for part in ["newer Secondsite", "version 3", "up to 2", &remedy] {
         assert!(error.contains(part), "no {part:?} in: {error}");
     }
     let error = Ebpf::remove_pins(&pins.0).unwrap_err();
     let typed = error.get_ref().and_then(|error| error.downcast_ref::<NewerPins>()).unwrap();
-    assert_eq!((typed.found, typed.known), (2, 1));
+    assert_eq!((typed.found, typed.known), (3, 2));
     assert_eq!(pinned(&pins.0), before, "newer pins were changed");
 
     // The newer version comes back and finds everything, also what was written meanwhile.

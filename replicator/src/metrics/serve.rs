@@ -82,10 +82,7 @@ fn start<S: Read + Write + 'static>(
     let render = render.clone();
     let body = move || {
         loop {
-            let answered = accept().map_err(|error| {
-                thread::sleep(ACCEPT_PAUSE);
-                error
-            });
+            let answered = accept().inspect_err(|_| thread::sleep(ACCEPT_PAUSE));
             let answered = answered.and_then(|mut stream| {
                 set_write(&stream, Some(PATIENCE))?;
                 let request = head(&mut stream, set_read)?;

@@ -22,7 +22,7 @@ const BUFFER_COST_BYTES: u64 = 2 * BUFFER_BYTES as u64 + (BUFFER_BYTES as u64 >>
 const BUFFERS_MIN: u64 = 8;
 const BUFFERS_MAX: u64 = 256;
 /// Share of the buffers set aside for last passes, and the fewest of them.
-const LAST_PASS_SHARE: usize = 4;
+const LAST_PASS_SHARE: usize = 2;
 
 /// The mapped memory.
 pub struct Arena {

@@ -5,7 +5,7 @@
 
 use crate::source::buffers::{BUFFER_BYTES, Memory};
 use crate::source::runs::Packer;
-use crate::source::seams::DiskError;
+use crate::source::seams::{Batch, DiskError};
 use crate::source::ship::{mark_all, note_unreadable};
 use crate::source::volume::{Bench, Volume, reserve};
 use secondsite_format::limits::{BLOCK_BYTES_MIN, UNREADABLE_MAX};
@@ -21,6 +21,8 @@ const EXCLUDED_TAKE_MAX: u64 = 1 << 14;
 pub enum Doubt {
     /// Writes came, or are in flight; by member.
     Busy(usize),
+    /// More is live than the buffers set aside have room for; by member.
+    Full(usize),
     /// The tracker missed writes; by member, with the audit's words.
     Gap(usize, String),
     /// The cut of this member no longer stands.
@@ -30,24 +32,31 @@ pub enum Doubt {
     Resized(usize),
 }
 
-/// Sets buffers aside for the last passes of a volume; returns the bytes they hold.
-pub fn set_aside(volume: &Volume, bench: &mut Bench, memory: &Memory, buffers: usize) -> u64 {
-    let have = bench.reserved.len() + bench.held.len();
-    for _ in have..buffers {
-        let Some(buffer) = memory.last.try_take() else { break };
-        bench.reserved.push(reserve(buffer, PIECES_MAX));
+/// Sets aside whatever is free for the last passes of a round's members, which share it: what one
+/// of them writes during a cut says nothing of the others.
+pub fn set_aside(spare: &mut Vec<Batch>, memory: &Memory) {
+    while let Some(buffer) = memory.last.try_take() {
+        spare.push(reserve(buffer, PIECES_MAX));
     }
-    bench.held.reserve(buffers);
-    bench.runs.reserve((buffers * BUFFER_BYTES) / volume.shape.block_bytes as usize);
+}
+
+/// Allocates what a last pass of this volume needs besides.
+pub fn make_ready(volume: &Volume, bench: &mut Bench, memory: &Memory) {
+    let blocks = memory.last_count * BUFFER_BYTES / volume.shape.block_bytes as usize;
+    bench.held.reserve(memory.last_count);
+    bench.runs.reserve(blocks);
     bench.unreadable.reserve(UNREADABLE_MAX);
-    (bench.reserved.len() * BUFFER_BYTES) as u64
 }
 
 /// Takes what is live, as far as the buffers set aside go, and reads it into them.
-pub fn last_pass(volume: &Volume, bench: &mut Bench) -> Result<(), DiskError> {
-    let Bench { disk, pass, reserved, held, unreadable, runs } = bench;
+pub fn last_pass(
+    volume: &Volume,
+    bench: &mut Bench,
+    spare: &mut Vec<Batch>,
+) -> Result<(), DiskError> {
+    let Bench { disk, pass, held, unreadable, runs } = bench;
     let marks = volume.marks();
-    let room = (reserved.len() * BUFFER_BYTES) as u64 / u64::from(volume.shape.block_bytes);
+    let room = (spare.len() * BUFFER_BYTES) as u64 / u64::from(volume.shape.block_bytes);
     runs.clear();
     // Under the bench, and only while the cut stands: a giving up cannot come in between.
     if room == 0 || !marks.cut().stands || marks.take(room, runs) == 0 {
@@ -62,7 +71,7 @@ pub fn last_pass(volume: &Volume, bench: &mut Bench) -> Result<(), DiskError> {
     let mut result = Ok(());
     while result.is_ok()
         && !packer.is_empty()
-        && let Some(mut batch) = reserved.pop()
+        && let Some(mut batch) = spare.pop()
     {
         batch.tag = u64::from(*pass);
         packer.fill(&mut batch.pieces);

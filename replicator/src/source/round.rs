@@ -6,8 +6,8 @@
 
 use crate::source::budget::FreezeBudget;
 use crate::source::buffers::{BUFFER_BYTES, Memory};
-use crate::source::proof::{Doubt, last_pass, prove, set_aside};
-use crate::source::seams::{Env, Freeze};
+use crate::source::proof::{Doubt, last_pass, make_ready, prove, set_aside};
+use crate::source::seams::{Batch, Env, Freeze};
 use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume};
 use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, VolumeId};
@@ -34,8 +34,6 @@ const FREEZE_ATTEMPTS: u32 = 16;
 const AWAY_PATIENCE: Duration = Duration::from_secs(60);
 /// How often a round looks at its members without being rung for.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// Most buffers that one volume's last passes hold.
-const LAST_BUFFERS_MAX: usize = 8;
 
 /// What a round works with.
 pub struct Tools<'a> {
@@ -95,6 +93,8 @@ pub struct Round {
     incomplete: bool,
     /// How many it began with, those aside that were unprotected meanwhile.
     begun_with: usize,
+    /// Buffers set aside for last passes.
+    spare: Vec<Batch>,
     /// When it began.
     pub started: Duration,
 }
@@ -128,6 +128,7 @@ impl Round {
             why: String::new(),
             exact: false,
             incomplete: false,
+            spare: Vec::new(),
             started: env.now(),
         }
     }
@@ -228,14 +229,11 @@ impl Round {
         self.give_all(Stage::Pass, Task::Pass);
     }
 
-    /// Buffers of each member for last passes.
-    fn share(&self, memory: &Memory) -> usize {
-        (memory.last_count / self.members.len().max(1)).clamp(1, LAST_BUFFERS_MAX)
-    }
-
     fn passed(&mut self, tools: &Tools<'_>) {
         self.passes += 1;
-        let small = (self.share(tools.memory) * BUFFER_BYTES / 2) as u64;
+        // What is left of all of them fits twice into the buffers of the last passes.
+        let share = tools.memory.last_count * BUFFER_BYTES / self.members.len().max(1);
+        let small = (share / 2) as u64;
         let left = |volume: &Arc<Volume>| {
             volume.marks().live_count() * u64::from(volume.shape.block_bytes)
         };
@@ -256,13 +254,10 @@ impl Round {
         if tracked.is_empty() {
             return self.cut(CutMethod::Compare, false, tools);
         }
-        let share = self.share(tools.memory);
         let attempt = {
             let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
-            for (volume, bench) in tracked.iter().zip(&mut benches) {
-                set_aside(volume, bench, tools.memory, share);
-            }
-            attempt(&tracked, &mut benches)
+            self.make_ready(&tracked, &mut benches, tools.memory);
+            attempt(&tracked, &mut benches, &mut self.spare)
         };
         self.attempts += 1;
         match attempt {
@@ -278,11 +273,30 @@ impl Round {
         }
     }
 
+    fn make_ready(
+        &mut self,
+        tracked: &[Arc<Volume>],
+        benches: &mut [MutexGuard<'_, Bench>],
+        memory: &Memory,
+    ) {
+        set_aside(&mut self.spare, memory);
+        for (volume, bench) in tracked.iter().zip(benches) {
+            make_ready(volume, bench, memory);
+        }
+    }
+
     /// Notes why; a member whose tracker or disk fails leaves. True if it was only busy.
     fn unproven(&mut self, tracked: &[Arc<Volume>], failure: Failure) -> bool {
         match failure {
             Failure::Doubt(Doubt::Busy(i)) => {
                 self.why = format!("{} was written to during the cut", tracked[i].path.display());
+                true
+            }
+            Failure::Doubt(Doubt::Full(i)) => {
+                self.why = format!(
+                    "more was written to {} during the cut than the memory set aside holds (`memory` in agent.toml)",
+                    tracked[i].path.display()
+                );
                 true
             }
             Failure::Doubt(Doubt::Gap(i, why)) => {
@@ -357,20 +371,17 @@ impl Round {
     fn freeze(&mut self, tools: &mut Tools<'_>) {
         let tracked = self.tracked();
         let mounts = self.mounts();
-        let share = self.share(tools.memory);
         let mut result = Err(Failure::Doubt(Doubt::Busy(0)));
         let mut trouble = None;
         {
             let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
-            for (volume, bench) in tracked.iter().zip(&mut benches) {
-                set_aside(volume, bench, tools.memory, share);
-            }
+            self.make_ready(&tracked, &mut benches, tools.memory);
             let begun = tools.env.now();
             match tools.freezer.freeze(&mounts, FREEZE_LIMIT) {
                 Err(error) => trouble = Some(error),
                 Ok(()) => {
                     for _ in 0..FREEZE_ATTEMPTS {
-                        result = attempt(&tracked, &mut benches);
+                        result = attempt(&tracked, &mut benches, &mut self.spare);
                         let busy = matches!(result, Err(Failure::Doubt(Doubt::Busy(_))));
                         if !busy || tools.env.now() > begun + FREEZE_PROOF {
                             break;
@@ -399,8 +410,11 @@ impl Round {
                 self.cut(CutMethod::Unproven, false, tools);
             }
             (Err(failure), None) => {
+                let busy = matches!(failure, Failure::Doubt(Doubt::Busy(_)));
                 if self.unproven(&tracked, failure) {
-                    self.why += " although its file systems were frozen: something else writes";
+                    if busy {
+                        self.why += " although its file systems were frozen: something else writes";
+                    }
                     self.cut(CutMethod::Unproven, false, tools);
                 } else {
                     // Without the member that failed: once more.
@@ -414,6 +428,7 @@ impl Round {
 
     /// The cut is made: everybody sends the rest, signs and commits.
     fn cut(&mut self, method: CutMethod, exact: bool, tools: &Tools<'_>) {
+        self.spare.clear();
         // After the last read of any: only members whose header still says that the cut stands.
         let cut_id = self.cut_id;
         self.members.retain(|volume| {
@@ -474,13 +489,20 @@ enum Failure {
     Disk(usize),
 }
 
-fn attempt(volumes: &[Arc<Volume>], benches: &mut [MutexGuard<'_, Bench>]) -> Result<(), Failure> {
+fn attempt(
+    volumes: &[Arc<Volume>],
+    benches: &mut [MutexGuard<'_, Bench>],
+    spare: &mut Vec<Batch>,
+) -> Result<(), Failure> {
     // One that is being closed may be opened anew any moment: its marks are no longer ours to take.
     if let Some(i) = volumes.iter().position(|volume| volume.stopping()) {
         return Err(Failure::Disk(i));
     }
     for (i, (volume, bench)) in volumes.iter().zip(benches.iter_mut()).enumerate() {
-        last_pass(volume, bench).map_err(|_| Failure::Disk(i))?;
+        last_pass(volume, bench, spare).map_err(|_| Failure::Disk(i))?;
+        if spare.is_empty() && !volume.marks().live_is_clear() {
+            return Err(Failure::Doubt(Doubt::Full(i)));
+        }
     }
     let mut members: Vec<(&Volume, &mut Bench)> = volumes
         .iter()

@@ -34,7 +34,6 @@ impl Shipper {
         let volume = self.volume.clone();
         let mut bench = volume.bench();
         bench.disk.check()?;
-        bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
         self.send_held(&mut bench, held)?;
         // What is written during the pass is the next pass's.
@@ -194,7 +193,6 @@ impl Shipper {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
         let mut bench = volume.bench();
-        bench.reserved.clear();
         let held = std::mem::take(&mut bench.held);
         if let Some(verify) = &mut self.verify {
             held.iter().for_each(|batch| {

@@ -401,7 +401,6 @@ impl Shipper {
             let mut bench = self.volume.bench();
             self.volume.marks().give_up();
             bench.held.clear();
-            bench.reserved.clear();
         }
         self.ledger = None;
         let mut control = self.volume.control();

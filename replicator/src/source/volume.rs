@@ -113,8 +113,6 @@ pub struct Bench {
     pub disk: Box<dyn Disk>,
     /// The last pass number used in this epoch.
     pub pass: u32,
-    /// Buffers set aside for last passes.
-    pub reserved: Vec<Batch>,
     /// Last passes read and not yet sent, with their pass number as tag.
     pub held: Vec<Batch>,
     /// What could not be read in this epoch.
@@ -307,7 +305,6 @@ impl Volume {
             bench: Mutex::new(Bench {
                 disk,
                 pass: 0,
-                reserved: Vec::new(),
                 held: Vec::new(),
                 unreadable: Vec::new(),
                 runs: Vec::new(),

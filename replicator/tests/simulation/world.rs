@@ -7,6 +7,7 @@
 use secondsite::source::seams::{Batch, Disk, DiskError, Env, Freeze, Tracker};
 use secondsite_tracker::ebpf::Audit;
 use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
+use secondsite_tracker::sync::Memory;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
@@ -50,7 +51,8 @@ impl Pinned {
     }
 
     fn open(&self, blocks: u64) -> Arc<Marks> {
-        let [header, live, summary, taken] = self.0.each_ref().map(|words| Box::new(words.clone()));
+        let [header, live, summary, taken] =
+            self.0.each_ref().map(|words| Memory::new(words.clone()));
         Arc::new(Marks::open(blocks, MarksMemory { header, live, summary, taken }))
     }
 }

@@ -19,6 +19,7 @@ use secondsite_format::frame::HEADER_BYTES;
 use secondsite_format::ids::{ServerId, SyncId, VolumeId};
 use secondsite_tracker::header::{self, HEADER_WORDS, Header};
 use secondsite_tracker::marks::{Marks, MarksMemory};
+use secondsite_tracker::sync::Memory;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::Path;
@@ -161,9 +162,9 @@ pub fn header(bytes: &[u8]) {
         view.set_baseline(baseline);
     }
     assert_eq!((view.cut(), view.baseline(), view.identity()), (cut, baseline, identity));
-    let zeros = || Box::new(vec![AtomicU64::new(0)]);
+    let zeros = || Memory::new(vec![AtomicU64::new(0)]);
     let (live, summary, taken) = (zeros(), zeros(), zeros());
-    let memory = MarksMemory { header: Box::new(words), live, summary, taken };
+    let memory = MarksMemory { header: Memory::new(words), live, summary, taken };
     let marks = Marks::open(BLOCKS, memory);
     assert_eq!(marks.acknowledged(), cut.acknowledged);
     assert_eq!(marks.cut().cut_id, cut.cut_id);

@@ -1,5 +1,6 @@
 //! The memory of a BPF array, mapped: shared with the programs, and outliving the process.
 
+use crate::sync::Owner;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -45,6 +46,13 @@ impl Deref for Mapping {
         // SAFETY: `new` mapped this many words, page-aligned and readable; the kernel maps an array
         // only in its full size and never shrinks it. The programs change them by atomics as well.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+}
+
+// SAFETY: a mapping stays where it is until it is dropped.
+unsafe impl Owner<AtomicU64> for Mapping {
+    fn words(&self) -> &[AtomicU64] {
+        self
     }
 }
 

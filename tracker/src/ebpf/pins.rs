@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::grow::{self, Sets};
 use crate::header::{self, Extent, HEADER_WORDS, Header, IDENTITY_WORDS};
 use crate::marks::MarksMemory;
+use crate::sync::Memory;
 use aya::maps::{Array, ArrayOfMaps, Map, MapData, MapError};
 use aya::programs::BtfTracePoint;
 use aya::programs::links::{FdLink, PinnedLink};
@@ -238,10 +239,10 @@ impl Sets<AtomicU64> for PinnedSets<'_> {
         let [live, summary, taken] = bitmap_maps(extent, self.block_bytes)
             .map(|(name, words)| mapped(self.dir, &name, words).map_err(NotAdopted::Unfit));
         Ok(MarksMemory {
-            header: Box::new(fixed(self.dir, "header").map_err(NotAdopted::Unfit)?),
-            live: Box::new(live?),
-            summary: Box::new(summary?),
-            taken: Box::new(taken?),
+            header: Memory::new(fixed(self.dir, "header").map_err(NotAdopted::Unfit)?),
+            live: Memory::new(live?),
+            summary: Memory::new(summary?),
+            taken: Memory::new(taken?),
         })
     }
 
