@@ -12,8 +12,6 @@ use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::Ebpf;
 use serde::Deserialize;
 use std::collections::HashSet;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -23,8 +21,6 @@ use std::time::Duration;
 const COLUMNS: &str = "NAME,KNAME,PATH,TYPE,SIZE,MOUNTPOINTS,FSTYPE";
 /// Unit of `/sys/class/block/X/start`, whatever the device's own block size.
 const SYSFS_SECTOR_BYTES: u64 = 512;
-/// What ends the first page of a swap area.
-const SWAP_MAGIC: &[u8] = b"SWAPSPACE2";
 
 /// How long all devices together may take to answer.
 const LIMIT: Duration = Duration::from_secs(15);
@@ -183,12 +179,13 @@ impl Facts for Host {
 
     fn swap(&self, path: &Path) -> bool {
         *lock(&WAITS_FOR) = Some(WaitsFor::Device(path.to_path_buf()));
-        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-        let Ok(Some(page)) = page else { return false };
-        let mut magic = [0; SWAP_MAGIC.len()];
-        let offset = page as u64 - SWAP_MAGIC.len() as u64;
-        File::open(path).and_then(|file| file.read_exact_at(&mut magic, offset)).is_ok()
-            && magic == SWAP_MAGIC
+        // By another process: one that has a device open which does not answer cannot be ended.
+        let probe = Command::new("blkid")
+            .args(["--probe", "--match-tag", "TYPE", "--output", "value"])
+            .arg(path)
+            .stdin(Stdio::null())
+            .output();
+        probe.is_ok_and(|output| output.stdout.trim_ascii() == b"swap")
     }
 
     fn backing(&self, kname: &str) -> Option<String> {
