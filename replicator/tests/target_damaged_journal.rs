@@ -59,6 +59,26 @@ fn a_missing_segment_before_a_commit_stops_the_volume() {
     assert!(error.contains("00000002.seg is missing"), "{error}");
 }
 
+/// The newest commit, unreadable, looks like one that was never acknowledged; but a promotion of it
+/// may have written a part of it into the replica volume.
+#[test]
+fn a_begun_promotion_without_its_epoch_is_damage() {
+    let disk = MemoryDisk::default();
+    let keeper = copied(&disk);
+    (1..=2).for_each(|epoch| receive(&keeper, &one_block(epoch)));
+    let (record, _) = keeper.volume().plan_promotion(Epoch(2)).expect("two epochs");
+    record.store(&disk).unwrap();
+    let end = disk.open("journal/00000001.seg").unwrap().bytes().unwrap() as usize;
+    drop(keeper);
+    disk.damage("journal/00000001.seg", end - 1);
+    let before = disk.read("journal/00000001.seg", 1 << 20).unwrap().unwrap();
+    let error = open(disk.clone()).err().expect("half a promotion is not believed").to_string();
+    assert!(error.contains("damaged") && error.contains("epoch 2 was committed"), "{error}");
+    assert!(disk.read("journal/00000001.seg", 1 << 20).unwrap().unwrap() == before);
+    disk.damage("journal/00000001.seg", end - 1); // flips it back
+    assert_eq!(open(disk).unwrap().volume().durable().unwrap().epoch, Epoch(2));
+}
+
 #[test]
 fn what_stands_behind_the_last_commit_is_dropped() {
     let disk = MemoryDisk::default();

@@ -93,6 +93,17 @@ pub fn recover(
     let mut scan = Scan { at: tail, committed: tail, volume, verify };
     let stop = scan.run(&segments)?;
     let (name, offset) = (Segment::name(scan.at.segment), scan.at.offset);
+    // A promotion that was begun has written parts of its epochs into the replica volume. They were
+    // committed then; without them it is the volume at no instant.
+    let newest = scan.volume.durable().map(|facts| facts.epoch);
+    let begun = scan.volume.record().promoting.map(|promoting| promoting.to);
+    if let Some(epoch) = begun.filter(|to| newest < Some(*to)) {
+        let cause = match &stop {
+            Some(stop) => stop.to_string(),
+            None => "the journal ends there".into(),
+        };
+        return Err(RecoverError::Damaged { name, offset, cause, epoch: epoch.0 });
+    }
     match stop {
         // Where a frame of ours is due stands a newer one. An epoch may be acknowledged behind it
         // that cannot be checked here: nothing is dropped.

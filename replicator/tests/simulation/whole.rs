@@ -124,10 +124,12 @@ pub fn run(seed: u64, totals: &Totals) -> u64 {
     let mut ended = false;
     if rig.exact_point(10 * fault_free(plan.volumes)).is_none() {
         // Only damage may stop a volume for good, and then it has said so.
-        let named = rig.remote.errors().into_iter().flatten().any(|error| {
+        // A target that was just started may not have looked again; the source knows what it said.
+        let faces: Vec<_> = rig.faces().collect();
+        let said = faces.iter().map(|status| status.reason.clone());
+        let named = rig.remote.errors().into_iter().flatten().chain(said).any(|error| {
             error.contains("damaged") || error.contains("is missing") || error.contains("cut short")
         });
-        let faces: Vec<_> = rig.faces().collect();
         assert!(rig.remote.rotten() && named, "no exact point in time: {faces:#?}");
         totals.damaged.fetch_add(1, Ordering::Relaxed);
         ended = true;
