@@ -91,12 +91,9 @@ impl Keeper {
         let device = spec.and_then(|spec| spec.device.as_deref());
         let (record, replica) = match StateRecord::load(&*disk)? {
             Some(record) => {
-                let settling = |operation| move |cause| OpenError::Io { operation, cause };
-                // A process that died between renaming and syncing left a record that can be read
-                // and is not durable yet.
-                disk.sync_names("").map_err(settling("syncing its folder"))?;
                 let replica = open_replica(&*disk, &record, device)?;
-                replica.file.settle().map_err(settling("syncing the replica volume"))?;
+                let operation = "syncing the replica volume";
+                replica.file.settle().map_err(|cause| OpenError::Io { operation, cause })?;
                 (record, replica)
             }
             None => begin(&*disk, spec.ok_or(OpenError::Unknown)?)?,

@@ -87,7 +87,6 @@ pub fn recover(
         })?;
         segments.push((segment, whole));
     }
-    disk.sync_names(FOLDER)?;
     let tail = volume.record().tail;
     segments.retain(|(segment, _)| segment.number >= tail.segment);
     let mut scan = Scan { at: tail, committed: tail, volume, verify };
