@@ -7,6 +7,9 @@
 //   the mark of every write that had completed.
 // - The mark at completion is the one that loses nothing: the data is on the disk by then. The
 //   mark at queue tells a reader that the block may change under it.
+// - A completion that no program saw is made up for: what was issued is remembered until it is
+//   seen to complete. When its request is issued again, or the audit finds it with nothing in
+//   flight, it is marked and counted then.
 // - Each volume has programs of its own; all configuration is constant. There are COPIES of every
 //   program with counters of their own: the kernel skips a program that is interrupted by its own
 //   event, but not the other copy.
@@ -38,7 +41,16 @@ struct block_device { struct gendisk *bd_disk; } CORE;
 struct bvec_iter { u64 bi_sector; u32 bi_size; } CORE;
 struct bio { struct bio *bi_next; struct block_device *bi_bdev; u32 bi_opf; struct bvec_iter bi_iter; } CORE;
 struct request_queue { struct gendisk *disk; } CORE;
-struct request { struct request_queue *q; u32 cmd_flags; u64 __sector; struct bio *bio; } CORE;
+struct blk_mq_hw_ctx { u32 queue_num; } CORE;
+struct request {
+	struct request_queue *q;
+	struct blk_mq_hw_ctx *mq_hctx;
+	u32 cmd_flags;
+	int tag, internal_tag;
+	u32 __data_len;
+	u64 __sector;
+	struct bio *bio;
+} CORE;
 
 enum {
 	OP_MASK = 0xff,
@@ -80,6 +92,7 @@ volatile const u64 cfg_first = 0; // where the volume starts on it, sectors
 volatile const u32 cfg_block_shift = 12;
 volatile const u32 cfg_bio_based = 0; // completes bios, not requests
 volatile const u32 cfg_uncounted_zeroes = 0; // the driver (zram) counts no discards, nor zeroes as writes
+volatile const u32 cfg_depth = 0; // requests of one hardware queue that are remembered
 volatile const u32 cfg_completion_marks = 1; // 0 only in a test that shows what they are for
 
 #define ARRAY(name, entries) \
@@ -113,6 +126,18 @@ struct {
 	__uint(type, MAP_HASH); __uint(max_entries, STASH_ENTRIES);
 	__type(key, u64); __type(value, struct extent);
 } stash SEC(".maps");
+
+// A request that was issued, until each copy has seen it complete. User space settles a slot as
+// settle() does.
+struct slot {
+	u64 sector;
+	u32 bytes, op;
+	u64 left[COPIES]; // sectors
+};
+struct {
+	__uint(type, MAP_ARRAY); __uint(map_flags, MMAPABLE); __uint(max_entries, 1);
+	__type(key, u32); __type(value, struct slot);
+} slots SEC(".maps");
 
 INLINE void count(u32 copy, u32 counter, u64 n)
 {
@@ -220,6 +245,80 @@ static long mark_bio(u32 i, struct walk *walk)
 	return !next;
 }
 
+// Requests are allocated once, with a number in the queue of their scheduler, or else of their
+// driver.
+INLINE struct slot *slot_of(struct request *rq)
+{
+	int number = rq->internal_tag;
+	u32 key;
+
+	if (number < 0)
+		number = rq->tag;
+	if (number < 0 || (u32)number >= cfg_depth)
+		return 0;
+	key = rq->mq_hctx->queue_num * cfg_depth + number;
+	return bpf_map_lookup_elem(&slots, &key);
+}
+
+// What the slot still holds completed unseen: marked and counted now, whoever takes it out first.
+INLINE void settle(struct slot *slot, u32 copy)
+{
+	u64 left = __sync_lock_test_and_set(&slot->left[copy], 0);
+
+	if (!left)
+		return;
+	mark(slot->sector, slot->bytes);
+	count(copy, with_discards(slot->op) ? C_DONE_DISCARD : C_DONE, left);
+}
+
+INLINE int on_issue(struct request *rq)
+{
+	u32 op = rq->cmd_flags & OP_MASK, bytes = rq->__data_len;
+	struct bio *bio = rq->bio;
+	struct slot *slot;
+
+	if (!(op & OP_WRITE_BIT) || !is_ours(rq->q->disk))
+		return 0;
+	slot = slot_of(rq);
+	if (!slot)
+		return 0;
+	settle(slot, 0);
+	settle(slot, 1);
+	// Of several ranges only the first would be remembered.
+	if (op == OP_DRV_OUT || !bio || (op == OP_DISCARD && bio->bi_next))
+		return 0;
+	slot->sector = rq->__sector;
+	slot->bytes = bytes;
+	slot->op = op;
+	FETCHED(__sync_lock_test_and_set(&slot->left[0], bytes >> SECTOR_SHIFT));
+	FETCHED(__sync_lock_test_and_set(&slot->left[1], bytes >> SECTOR_SHIFT));
+	return 0;
+}
+
+// The driver gave it back: it will be issued again.
+INLINE int on_requeue(struct request *rq)
+{
+	struct slot *slot;
+
+	if (!(rq->cmd_flags & OP_WRITE_BIT) || !is_ours(rq->q->disk))
+		return 0;
+	slot = slot_of(rq);
+	if (slot)
+		slot->left[0] = slot->left[1] = 0;
+	return 0;
+}
+
+INLINE void seen_complete(u32 copy, struct request *rq, u32 bytes)
+{
+	struct slot *slot = slot_of(rq);
+	u64 left, done = bytes >> SECTOR_SHIFT;
+
+	if (!slot)
+		return;
+	left = slot->left[copy];
+	slot->left[copy] = left > done ? left - done : 0;
+}
+
 // A partition's bio has the sector of the whole disk by now.
 INLINE int on_queue(u32 copy, struct bio *bio)
 {
@@ -265,8 +364,10 @@ INLINE int on_request(u32 copy, struct request *rq, u32 bytes)
 	} else if (cfg_completion_marks) {
 		mark(rq->__sector, bytes);
 	}
-	if (!cfg_bio_based)
+	if (!cfg_bio_based) {
+		seen_complete(copy, rq, bytes);
 		count(copy, with_discards(op) ? C_DONE_DISCARD : C_DONE, bytes >> SECTOR_SHIFT);
+	}
 	return 0;
 }
 
@@ -312,5 +413,8 @@ INLINE int on_bio(u32 copy, struct bio *bio)
 
 COPY(0)
 COPY(1)
+
+SEC("tp_btf/block_rq_issue") int issue(u64 *ctx) { return on_issue((void *)ctx[0]); }
+SEC("tp_btf/block_rq_requeue") int requeue(u64 *ctx) { return on_requeue((void *)ctx[0]); }
 
 char _license[] SEC("license") = "Dual MIT/GPL";

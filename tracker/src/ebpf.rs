@@ -87,9 +87,11 @@ pub struct Ebpf {
     marks: Arc<Marks>,
     pin_dir: PathBuf,
     counters: Mapping,
+    slots: Mapping,
     /// Kept open: their fdinfo says how often the kernel skipped them.
     _programs: Vec<BtfTracePoint>,
     kernel: kernel::Counters,
+    block_bytes: u32,
     bio_based: bool,
     uncounted_zeroes: bool,
     /// Where the counters stood when they were last seen unequal with nothing in flight.
@@ -183,8 +185,10 @@ impl Ebpf {
             marks: Arc::new(Marks::open(plan.blocks(), pinned.memory)),
             pin_dir: pin_dir.to_path_buf(),
             counters: pinned.counters,
+            slots: pinned.slots,
             _programs: pinned.programs,
             kernel,
+            block_bytes: plan.block_bytes,
             bio_based: plan.bio_based,
             uncounted_zeroes: plan.uncounted_zeroes,
             unequal: Mutex::new(None),

@@ -25,7 +25,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 /// Words of the header.
 pub const HEADER_WORDS: usize = 64;
 /// Version of the layout and of the programs that mark: another one is never adopted.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 const NAME: u64 = u64::from_le_bytes(*b"SSMARK\0\0");
 const VERSION_SHIFT: u32 = 48;
 const MAGIC: u64 = NAME | (VERSION as u64) << VERSION_SHIFT;

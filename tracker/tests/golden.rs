@@ -75,7 +75,7 @@ fn the_header_has_its_golden_bytes() {
 fn a_newer_header_is_told_from_one_that_is_not_whole() {
     let words = example();
     for (first, newer) in [
-        (u64::from_le_bytes(*b"SSMARK\x03\0"), Some(3)),
+        (u64::from_le_bytes(*b"SSMARK\x04\0"), Some(4)),
         (u64::from_le_bytes(*b"SSMARK\xff\xff"), Some(u16::MAX)),
         (u64::from_le_bytes(*b"SSMARK\0\0"), None),
         (u64::from_le_bytes(*b"SSMARX\x03\0"), None),

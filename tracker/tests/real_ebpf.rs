@@ -144,8 +144,8 @@ fn newer_pins_are_left_alone() {
     let (ebpf, _) = attach(&disk.path, &pins);
     ebpf.marks().set_compare_due(false);
     drop(ebpf);
-    let ours = u64::from_le_bytes(*b"SSMARK\x02\0");
-    let newer = u64::from_le_bytes(*b"SSMARK\x03\0");
+    let ours = u64::from_le_bytes(*b"SSMARK\x03\0");
+    let newer = u64::from_le_bytes(*b"SSMARK\x04\0");
     assert_eq!(header(&pins.0).get(&0, 0).unwrap(), ours);
     header(&pins.0).set(0, newer, 0).unwrap();
     let before = pinned(&pins.0);
@@ -155,17 +155,22 @@ fn newer_pins_are_left_alone() {
         "header",
         "link_bio0",
         "link_bio1",
+        "link_issue",
         "link_queue0",
         "link_queue1",
         "link_request0",
         "link_request1",
+        "link_requeue",
         "live0",
         "prog_bio0",
         "prog_bio1",
+        "prog_issue",
         "prog_queue0",
         "prog_queue1",
         "prog_request0",
         "prog_request1",
+        "prog_requeue",
+        "slots",
         "summary0",
         "taken0",
     ];
@@ -174,12 +179,12 @@ fn newer_pins_are_left_alone() {
     let device = Device::open(&disk.path).unwrap();
     let error = Ebpf::attach(&device, real::BLOCK as u32, &pins.0).err().unwrap().to_string();
     let remedy = format!("rm -r {}", pins.0.display());
-    for part in ["newer Secondsite", "version 3", "up to 2", &remedy] {
+    for part in ["newer Secondsite", "version 4", "up to 3", &remedy] {
         assert!(error.contains(part), "no {part:?} in: {error}");
     }
     let error = Ebpf::remove_pins(&pins.0).unwrap_err();
     let typed = error.get_ref().and_then(|error| error.downcast_ref::<NewerPins>()).unwrap();
-    assert_eq!((typed.found, typed.known), (3, 2));
+    assert_eq!((typed.found, typed.known), (4, 3));
     assert_eq!(pinned(&pins.0), before, "newer pins were changed");
 
     // The newer version comes back and finds everything, also what was written meanwhile.
@@ -286,6 +291,60 @@ fn ranges_are_marked_whole_and_the_audit_sees_them() {
     assert!(matches!(real::settled_audit(&ebpf), Audit::Gap(_)), "uncounted writes");
     ebpf.rebase().unwrap();
     assert_eq!(real::settled_audit(&ebpf), Audit::Good);
+}
+
+/// Of a completion that no program saw, the request is remembered: it is marked and counted when it
+/// is issued again, else when the audit finds it.
+#[test]
+fn a_completion_that_no_program_saw_is_made_up_for() {
+    const SLOT: u32 = 5;
+    const DONE: u32 = 2;
+    let folder = folder();
+    let disk = Loop::sized(folder.path(), DISK_BYTES);
+    let pins = Pins::new("unseen");
+    let (ebpf, _) = attach(&disk.path, &pins);
+    assert_eq!(real::settled_audit(&ebpf), Audit::Good);
+    let map = |name: &str| Map::from_map_data(MapData::from_pin(pins.0.join(name)).unwrap());
+    let mut slots: Array<MapData, [u64; 4]> = Array::try_from(map("slots").unwrap()).unwrap();
+    let mut counters: Array<MapData, u64> = Array::try_from(map("counters").unwrap()).unwrap();
+    let mut unseen = |slot: u32, sector: u64, remembered: bool| {
+        // As if its completion had reached no program: not counted, and still in its slot.
+        for copy in [0, 16] {
+            let done = counters.get(&(DONE + copy), 0).unwrap();
+            counters.set(DONE + copy, done.wrapping_sub(16), 0).unwrap();
+        }
+        if remembered {
+            slots.set(slot, [sector, 8192 | 1 << 32, 16, 16], 0).unwrap();
+        }
+    };
+    let taken = |ebpf: &Ebpf| {
+        let mut runs = Vec::new();
+        ebpf.marks().take(u64::MAX, &mut runs);
+        runs
+    };
+    ebpf.marks().begin(1, [1; 16]);
+
+    unseen(SLOT, 80, true);
+    assert_eq!(real::settled_audit(&ebpf), Audit::Good);
+    assert_eq!(taken(&ebpf), [BlockRun { first: 10, count: 2 }], "marked by the audit");
+
+    // All slots, so that the next write is issued in one of them, whichever it is.
+    let device = real::open_direct(&disk.path, true);
+    let depth = slots_of(&pins.0);
+    (0..depth).for_each(|slot| unseen(slot, 160 + u64::from(slot) * 16, true));
+    device.write_all_at(real::Aligned::new(4096).slice(4096), 0).unwrap();
+    let marked = taken(&ebpf);
+    assert_eq!(marked.len(), 2, "its own block, and what was remembered there: {marked:?}");
+    assert_eq!(real::settled_audit(&ebpf), Audit::Good);
+    assert_eq!(taken(&ebpf).iter().map(|run| run.count).sum::<u64>(), u64::from(depth - 1) * 2);
+
+    unseen(SLOT, 80, false);
+    assert!(matches!(real::settled_audit(&ebpf), Audit::Gap(_)), "not remembered: a gap");
+    ebpf.detach().unwrap();
+}
+
+fn slots_of(dir: &Path) -> u32 {
+    MapData::from_pin(dir.join("slots")).unwrap().info().unwrap().max_entries()
 }
 
 /// A disk in a file of a file system that can be frozen: its writes then stay in flight.

@@ -32,6 +32,12 @@ pub(super) const COUNTERS: usize = 16;
 const TRACEPOINTS: [(&str, &str); 3] =
     [("bio", "block_bio_complete"), ("request", "block_rq_complete"), ("queue", "block_bio_queue")];
 pub(super) const PROGRAMS_PER_COPY: usize = TRACEPOINTS.len();
+/// Programs without a copy: they remember requests, which no proof rests on.
+const SINGLE: [(&str, &str); 2] = [("issue", "block_rq_issue"), ("requeue", "block_rq_requeue")];
+/// Words of a slot, as in the BPF source.
+pub(super) const SLOT_WORDS: usize = 2 + COPIES;
+/// Most requests that are remembered, 32 bytes each; of a queue that has more, only these.
+const SLOTS_MAX: u32 = 1 << 16;
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 const BPFFS: &str = "/sys/fs/bpf";
 /// Entries of the map that remembers extents; one where it is not used.
@@ -40,6 +46,8 @@ const STASH_ENTRIES: u32 = 16384;
 const CAUSE_CHARS_MAX: usize = 500;
 /// Set in the identity's flags when blocks are marked at completion.
 const FLAG_COMPLETION_MARKS: u64 = 1;
+/// The map of the requests that were issued.
+const SLOTS: &str = "slots";
 /// The map of the bitmaps that count, and the places of live bitmap and summary in it.
 const BITMAPS: &str = "bitmaps";
 const LIVE: u32 = 0;
@@ -52,12 +60,15 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tracker
 
 /// What is to be tracked, and how.
 pub(super) struct Plan {
-    block_bytes: u32,
+    pub block_bytes: u32,
     sectors: u64,
     identity: [u64; IDENTITY_WORDS],
     disk: (u32, u32),
     first_sector: u64,
     pub bio_based: bool,
+    /// Hardware queues of the disk, and requests of each that are remembered.
+    queues: u32,
+    depth: u32,
     /// The driver counts no discards, and no zeroes as writes.
     pub uncounted_zeroes: bool,
     options: Options,
@@ -70,6 +81,8 @@ impl Plan {
         let half =
             |bytes: &[u8]| bytes.iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
         let flags = if options.completion_marks { FLAG_COMPLETION_MARKS } else { 0 };
+        let bio_based = is_bio_based(device)?;
+        let (queues, depth) = if bio_based { (1, 0) } else { requests(device) };
         Ok(Self {
             block_bytes,
             sectors: device.size_bytes >> 9,
@@ -85,7 +98,9 @@ impl Plan {
             ],
             disk: (device.disk.0, device.disk.1),
             first_sector: device.disk_offset_bytes >> 9,
-            bio_based: is_bio_based(device)?,
+            bio_based,
+            queues,
+            depth,
             uncounted_zeroes: disk_name(device).starts_with("zram"),
             options,
         })
@@ -123,6 +138,20 @@ fn is_bio_based(device: &Device) -> Result<bool, String> {
     Ok(bio_based)
 }
 
+/// Hardware queues of a disk, and the numbers that its requests have in each: those of the driver,
+/// or those of the scheduler, which may be more. What is not remembered is only not made up for.
+fn requests(device: &Device) -> (u32, u32) {
+    let disk = device.disk_sysfs();
+    let number = |file: &Path| fs::read_to_string(file).ok()?.trim().parse::<u32>().ok();
+    let entries = fs::read_dir(disk.join("mq")).into_iter().flatten().flatten();
+    let tags: Vec<_> =
+        entries.map(|queue| number(&queue.path().join("nr_tags")).unwrap_or(0)).collect();
+    let scheduled = number(&disk.join("queue/nr_requests")).unwrap_or(0);
+    let queues = u32::try_from(tags.len()).unwrap_or(u32::MAX).clamp(1, SLOTS_MAX);
+    let depth = tags.into_iter().fold(scheduled, u32::max).min(SLOTS_MAX / queues);
+    (queues, depth)
+}
+
 fn disk_name(device: &Device) -> std::borrow::Cow<'_, str> {
     device.disk.2.file_name().unwrap_or_default().to_string_lossy()
 }
@@ -131,15 +160,18 @@ fn disk_name(device: &Device) -> std::borrow::Cow<'_, str> {
 pub(super) struct Pinned {
     pub memory: MarksMemory<std::sync::atomic::AtomicU64>,
     pub counters: Mapping,
+    /// [`SLOT_WORDS`] a request.
+    pub slots: Mapping,
     /// In the order of [`program_names`].
     pub programs: Vec<BtfTracePoint>,
 }
 
-/// All programs: name and tracepoint, copy by copy.
+/// All programs: name and tracepoint, copy by copy, then those without a copy.
 fn program_names() -> impl Iterator<Item = (String, &'static str)> {
-    (0..COPIES).flat_map(|copy| {
+    let copied = (0..COPIES).flat_map(|copy| {
         TRACEPOINTS.map(|(name, tracepoint)| (format!("{name}{copy}"), tracepoint))
-    })
+    });
+    copied.chain(SINGLE.map(|(name, tracepoint)| (name.to_string(), tracepoint)))
 }
 
 /// Why nothing is adopted.
@@ -185,7 +217,11 @@ fn opened(dir: &Path, memory: MarksMemory<AtomicU64>) -> Result<Pinned, String> 
         }
         programs.push(program);
     }
-    Ok(Pinned { memory, counters: fixed(dir, "counters")?, programs })
+    let slots = MapData::from_pin(dir.join(SLOTS)).map_err(|cause| explain(&cause))?;
+    let words = slots.info().map_err(|cause| explain(&cause))?.max_entries() as usize * SLOT_WORDS;
+    let slots = Mapping::new(slots.fd().as_fd(), words)
+        .map_err(|cause| format!("map {SLOTS}: {cause}"))?;
+    Ok(Pinned { memory, counters: fixed(dir, "counters")?, slots, programs })
 }
 
 fn fixed(dir: &Path, name: &str) -> Result<Mapping, String> {
@@ -275,7 +311,7 @@ impl Sets<AtomicU64> for PinnedSets<'_> {
 pub(super) fn create(plan: &Plan, dir: &Path) -> Result<(), String> {
     fs::create_dir_all(dir).map_err(|cause| format!("{}: {cause}", dir.display()))?;
     let mut object = load(plan)?;
-    for name in [FIXED_MAPS[0].0, FIXED_MAPS[1].0, BITMAPS] {
+    for name in [FIXED_MAPS[0].0, FIXED_MAPS[1].0, SLOTS, BITMAPS] {
         let map = object.map(name).ok_or_else(|| format!("no map {name}"))?;
         map.pin(dir.join(name)).map_err(|cause| explain(&cause))?;
     }
@@ -360,7 +396,9 @@ fn load(plan: &Plan) -> Result<aya::Ebpf, String> {
         .override_global("cfg_block_shift", &block_shift, true)
         .override_global("cfg_bio_based", &bio_based, true)
         .override_global("cfg_uncounted_zeroes", &uncounted_zeroes, true)
+        .override_global("cfg_depth", &plan.depth, true)
         .override_global("cfg_completion_marks", &completion_marks, true)
+        .map_max_entries(SLOTS, (plan.queues * plan.depth).max(1))
         .map_max_entries("stash", if plan.bio_based { STASH_ENTRIES } else { 1 });
     loader.load(OBJECT).map_err(|cause| explain(&cause))
 }
@@ -382,6 +420,8 @@ pub(super) fn try_load() -> Result<(), String> {
         disk: (0, 0),
         first_sector: 0,
         bio_based: true,
+        queues: 1,
+        depth: 0,
         uncounted_zeroes: false,
         options: Options { completion_marks: true },
     };
