@@ -14,14 +14,22 @@ use secondsite_control::codes::Reason;
 use secondsite_format::frame::{Frame, FrameHeader, FrameKind};
 use secondsite_format::ids::{CutId, Epoch, SyncId};
 use secondsite_format::message::{Reply, Request};
+use std::time::Duration;
 
-/// Bytes between two flushes: what a broken connection costs at most.
-const FLUSH_EVERY_BYTES: u64 = 64 << 20;
+/// Bytes that are read and sent in one step.
+const STEP_BYTES: u64 = 64 << 20;
+/// The target makes durable what was sent after so long, or so many bytes: what a broken connection
+/// costs at most.
+const FLUSH_EVERY: Duration = Duration::from_secs(2);
+const FLUSH_EVERY_BYTES: u64 = 512 << 20;
 
 /// A first copy under way.
 pub struct Copy {
     sync: SyncId,
+    /// Sent up to here, durable up to there, since when.
+    sent: u64,
     at: u64,
+    flushed: Duration,
     seq: u32,
     compare_below: u64,
 }
@@ -45,7 +53,8 @@ impl Shipper {
             return Err(LinkError::Nonsense("a first copy begins beyond its cursor").into());
         }
         if let Some(session) = &mut self.session {
-            session.work = Work::Copy(Copy { sync, at, seq: 0, compare_below });
+            let flushed = self.commons.env.now();
+            session.work = Work::Copy(Copy { sync, sent: at, at, flushed, seq: 0, compare_below });
         }
         self.copy_progress(at);
         Ok(())
@@ -69,7 +78,7 @@ impl Shipper {
         let total = volume.shape.volume_bytes;
         let Some(session) = &mut self.session else { return Ok(()) };
         let Work::Copy(copy) = &mut session.work else { return Ok(()) };
-        let (sync, from, compare_below) = (copy.sync, copy.at, copy.compare_below);
+        let (sync, from, compare_below) = (copy.sync, copy.sent, copy.compare_below);
         if from >= total {
             if copied_to(self.ask(&Request::CopyDone { sync })?)? != total {
                 return Err(LinkError::Nonsense("a first copy ended elsewhere").into());
@@ -80,7 +89,7 @@ impl Shipper {
             self.followed();
             return Ok(());
         }
-        let upto = (from + FLUSH_EVERY_BYTES).min(total);
+        let upto = (from + STEP_BYTES).min(total);
         let runs = volume.shape.copied(from, upto - from);
         let purpose = Purpose::FirstCopy { skip_zeros: session.reads_zero };
         let generation = session.generation;
@@ -117,16 +126,16 @@ impl Shipper {
             },
         )?;
         drop(bench);
-        let at = copied_to(self.ask(&Request::CopyFlush { upto })?)?;
-        if at != upto {
-            return Err(LinkError::Nonsense("a first copy is durable elsewhere").into());
-        }
-        if let Some(session) = &mut self.session
-            && let Work::Copy(copy) = &mut session.work
+        copy.sent = upto;
+        let now = commons.env.now();
+        if upto == total || now >= copy.flushed + FLUSH_EVERY || upto >= copy.at + FLUSH_EVERY_BYTES
         {
-            copy.at = at;
+            (copy.at, copy.flushed) = (upto, now);
+            if copied_to(self.ask(&Request::CopyFlush { upto })?)? != upto {
+                return Err(LinkError::Nonsense("a first copy is durable elsewhere").into());
+            }
         }
-        self.copy_progress(at);
+        self.copy_progress(upto);
         Ok(())
     }
 }

@@ -86,6 +86,8 @@ pub trait DiskFile: Send + Sync {
     fn write_at(&self, offset: u64, content: &[u8]) -> io::Result<()>;
     /// Makes a range read as zero, giving back its space where that can be done.
     fn zero(&self, offset: u64, bytes: u64) -> io::Result<()>;
+    /// Begins to write a range to the medium, so that a later sync has little to do.
+    fn write_behind(&self, _offset: u64, _bytes: u64) {}
     /// Makes what was written durable. After an error nobody knows what is: stop.
     fn sync(&self) -> io::Result<()>;
     /// Makes durable what was written, also by a process before this one, and makes reads see the
@@ -209,6 +211,10 @@ impl DiskFile for PlainFile {
         }
     }
 
+    fn write_behind(&self, offset: u64, bytes: u64) {
+        write_behind(&self.file, offset, bytes);
+    }
+
     fn sync(&self) -> io::Result<()> {
         pulse::outside(|| self.file.sync_data())
     }
@@ -234,6 +240,16 @@ impl DiskFile for PlainFile {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Not waited for, and no error is lost: the next sync reports it.
+fn write_behind(file: &File, offset: u64, bytes: u64) {
+    let begin = libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: the descriptor is open, and the call takes no pointer.
+    let begin = || unsafe {
+        libc::sync_file_range(file.as_raw_fd(), offset as i64, bytes as i64, begin)
+    };
+    pulse::outside(begin);
 }
 
 fn settle(file: &File) -> io::Result<()> {
@@ -291,6 +307,10 @@ impl DiskFile for Device {
             }
             error => Err(error),
         }
+    }
+
+    fn write_behind(&self, offset: u64, bytes: u64) {
+        write_behind(&self.file, offset, bytes);
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -335,6 +335,9 @@ impl Keeper {
             };
             written.map_err(|error| self.failed("writing", &self.replica.path, &error))?;
         }
+        if let (Some(first), Some(last)) = (content.extents().first(), content.extents().last()) {
+            self.replica.file.write_behind(first.offset, last.end() - first.offset);
+        }
         Ok(())
     }
 
