@@ -39,6 +39,8 @@ const AUDIT: Slots<AUDIT_WORDS> = Slots { selector: 4, first: 32 };
 const AT_BOUND: usize = 5;
 const AT_EXTENT: usize = 6;
 const AT_GROWING: usize = 7;
+/// A selector grows by one a write: none of ours comes so far.
+const SELECTOR_MAX: u64 = 1 << 62;
 /// Place of the state in a cut slot.
 const AT_STATE: usize = 3;
 const AT_IDENTITY: usize = 24;
@@ -126,7 +128,11 @@ impl<'a, W: Word> Header<'a, W> {
 
     /// Whether every field has a meaning. What is not sound was not written here: adopt nothing.
     pub fn is_sound(&self) -> bool {
-        state_of(CUT.read(self.0)[AT_STATE]).is_some() && self.0[AT_COMPARE_DUE].load(Acquire) <= 1
+        let counts = |slots: usize| self.0[slots].load(Acquire) <= SELECTOR_MAX;
+        state_of(CUT.read(self.0)[AT_STATE]).is_some()
+            && self.0[AT_COMPARE_DUE].load(Acquire) <= 1
+            && counts(CUT.selector)
+            && counts(AUDIT.selector)
     }
 
     /// Says so, or takes it back. Nothing may be adopted in between.

@@ -95,6 +95,12 @@ fn a_state_without_a_meaning_is_not_sound() {
         words[slot].store(4, Relaxed);
     }
     assert!(!Header::new(words).is_sound());
+    for selector in [3, 4] {
+        let words = example();
+        assert!(Header::new(words).is_sound());
+        words[selector].store(u64::MAX, Relaxed);
+        assert!(!Header::new(words).is_sound(), "a selector that cannot grow");
+    }
 }
 
 /// Block 64 w + b is bit b of word w, in both leaf bitmaps; a summary bit stands for 64 words.
