@@ -81,6 +81,7 @@ impl Coordinator {
 
     /// Does what can be done now; returns how long there is nothing more to do.
     pub fn step(&mut self) -> Duration {
+        let begun = self.env.now();
         let (faces, volumes, goal) = {
             let protected = lock(&self.protected);
             (protected.faces.clone(), protected.volumes.clone(), protected.goal)
@@ -89,7 +90,7 @@ impl Coordinator {
         let mut wait = self.advance(&faces, &volumes, interval);
         self.answer(&faces, &volumes);
         self.schedule(&volumes, interval);
-        if self.running.iter().any(|running| running.round.started == self.env.now()) {
+        if self.running.iter().any(|running| running.round.started >= begun) {
             wait = Duration::ZERO;
         }
         wait.min(LOOK_EVERY)
