@@ -65,12 +65,18 @@ impl<W: Word> Bitmaps<W> {
     }
 
     /// Sets the bits of the run in the live bitmap. What goes beyond the volume is no block of it.
+    #[inline]
     pub fn mark(&self, run: BlockRun) {
+        if run.count == 1 && run.first < self.blocks {
+            let index = (run.first / WORD_BITS) as usize;
+            return self.mark_word(index, 1 << (run.first % WORD_BITS));
+        }
         for (index, mask) in words_of(run, self.blocks) {
             self.mark_word(index, mask);
         }
     }
 
+    #[inline]
     fn mark_word(&self, index: usize, mask: u64) {
         // Always a read-modify-write, also where the bit is set already: it orders the data that
         // was written before it against the taker's clear and read (Release here, Acquire there).

@@ -121,6 +121,7 @@ impl<W: Word> Marks<W> {
     }
 
     /// Marks blocks as written since the last cut.
+    #[inline]
     pub fn mark(&self, run: BlockRun) {
         self.bitmaps.mark(run);
     }

@@ -78,18 +78,23 @@ impl<W> Deref for Memory<W> {
 }
 
 impl Word for AtomicU64 {
+    #[inline]
     fn load(&self, order: Ordering) -> u64 {
         AtomicU64::load(self, order)
     }
+    #[inline]
     fn store(&self, value: u64, order: Ordering) {
         AtomicU64::store(self, value, order)
     }
+    #[inline]
     fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
         AtomicU64::fetch_or(self, bits, order)
     }
+    #[inline]
     fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
         AtomicU64::fetch_and(self, bits, order)
     }
+    #[inline]
     fn fence(order: Ordering) {
         std::sync::atomic::fence(order)
     }
