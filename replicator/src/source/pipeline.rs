@@ -28,9 +28,6 @@ pub enum Purpose {
     },
 }
 
-/// Stands where no digest was asked for.
-const NO_DIGEST: [u8; 32] = [0; 32];
-
 /// A batch that was read and is to become a frame.
 pub struct Job {
     /// What was read.
@@ -67,7 +64,8 @@ impl Job {
         let content = content(&batch, shape.block_bytes as usize, skip_zeros);
         let digest = || match purpose {
             Purpose::Epoch => content.digest(),
-            Purpose::FirstCopy { .. } => NO_DIGEST,
+            // No manifest covers it.
+            Purpose::FirstCopy { .. } => [0; 32],
         };
         let body = (!content.extents().is_empty()).then(|| (content.encode(), digest()));
         let offset = content.extents().first().map_or(0, |extent| extent.offset);

@@ -10,14 +10,13 @@ use crate::source::compare::Compare;
 use crate::source::copy::Copy;
 use crate::source::ledger::Ledger;
 use crate::source::pipeline::Workers;
-use crate::source::resume::{Known, Next, plan};
 use crate::source::seams::{Dial, DiskError, Env, Link, LinkError, Signer};
 use crate::source::verify::Verify;
-use crate::source::volume::{Outcome, Task, VerifyState, Volume};
+use crate::source::volume::{Outcome, Task, Volume};
 use secondsite_control::api::VolumePhase;
 use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId};
-use secondsite_format::message::{Hello, Message, PROTOCOL, RefusalCode, Reply, Request, Welcome};
+use secondsite_format::message::{Message, Reply, Request};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,16 +73,16 @@ pub(super) struct Session {
     pub generation: Generation,
     pub reads_zero: bool,
     pub work: Work,
-    heard: Duration,
+    pub heard: Duration,
 }
 
 /// The shipper of one volume.
 pub struct Shipper {
     pub(super) volume: Arc<Volume>,
     pub(super) commons: Arc<Commons>,
-    dial: Box<dyn Dial>,
-    backoff: Backoff,
-    dial_at: Duration,
+    pub(super) dial: Box<dyn Dial>,
+    pub(super) backoff: Backoff,
+    pub(super) dial_at: Duration,
     pub(super) session: Option<Session>,
     /// Of the cut that stands, if this process began it.
     pub(super) ledger: Option<Ledger>,
@@ -94,11 +93,11 @@ pub struct Shipper {
     pub(super) compare: Option<Compare>,
     pub(super) verify: Option<Verify>,
     /// Why the compare is made, for people.
-    doubt: String,
+    pub(super) doubt: String,
     /// The doubt was counted in the report.
-    counted: bool,
-    lost_disk: bool,
-    grown: bool,
+    pub(super) counted: bool,
+    pub(super) lost_disk: bool,
+    pub(super) grown: bool,
 }
 
 impl Shipper {
@@ -214,119 +213,6 @@ impl Shipper {
         self.volume.control().synced = slowest;
     }
 
-    fn connect(&mut self) -> Result<Duration, StepError> {
-        // A first copy that ended with its session, a task to give up: settled without a target.
-        let task = self.volume.control().task.clone();
-        if let Some(Task::GiveUp(why)) = task {
-            self.give_up(why);
-            return Ok(Duration::ZERO);
-        }
-        let now = self.commons.env.now();
-        if now < self.dial_at {
-            return Ok(self.dial_at - now);
-        }
-        self.volume.bench().disk.check()?;
-        let hello = Hello {
-            protocol: PROTOCOL,
-            server: self.commons.server,
-            machine: self.commons.machine,
-            volume: self.volume.id(),
-            volume_bytes: self.volume.shape.volume_bytes,
-            block_bytes: self.volume.shape.block_bytes,
-            generation: self.generation,
-            acknowledged: self.acknowledged(),
-        };
-        let (link, welcome) = self.dial.dial(&hello)?;
-        self.welcomed(link, &welcome)?;
-        Ok(Duration::ZERO)
-    }
-
-    fn acknowledged(&self) -> (Epoch, CutId) {
-        let (epoch, id) = self.volume.marks().acknowledged();
-        (Epoch(epoch), CutId(id))
-    }
-
-    fn welcomed(&mut self, link: Box<dyn Link>, welcome: &Welcome) -> Result<(), StepError> {
-        let marks = self.volume.tracker.marks().clone();
-        let cut = marks.cut();
-        let begun = self.volume.control().cut;
-        if let Some(cut_id) = begun
-            && self.ledger.is_none()
-        {
-            self.ledger = Some(Ledger::new(Epoch(cut.epoch), cut_id));
-        }
-        let known = Known {
-            cut,
-            acknowledged: self.acknowledged(),
-            compare_due: marks.compare_due(),
-            compare_only: self.volume.compare_only,
-            memory: self.ledger.as_ref().map(Ledger::sent),
-            volume_bytes: self.volume.shape.volume_bytes,
-        };
-        let plan = plan(&known, welcome);
-        tracing::debug!(volume = %self.volume.face.id, name = self.volume.face.name, ?known, ?welcome, ?plan, "welcomed");
-        if plan.committed {
-            self.committed(welcome.durable, welcome.chain);
-            let shipping = matches!(self.volume.control().task, Some(Task::Ship(_)));
-            if shipping {
-                self.volume.finish(Outcome::Done);
-            }
-        }
-        if let Some(why) = plan.doubt
-            && !self.volume.compare_only
-        {
-            // The doubt is stored first: a crash in between must not leave the number without it.
-            marks.set_compare_due(true);
-            tracing::warn!(volume = %self.volume.face.name, "{why}: source and target are compared");
-            self.doubt = why.into();
-        }
-        if plan.take_number {
-            marks.set_acknowledged(welcome.durable.0.0, welcome.durable.1.0);
-        }
-        if self.durable != welcome.durable {
-            // What was compared so far was compared with another state of the replica.
-            self.compare = None;
-        }
-        self.durable = welcome.durable;
-        self.chain = welcome.chain;
-        self.generation = welcome.generation;
-        if let Some(why) = plan.give_up {
-            self.give_up(why);
-        }
-        self.session = Some(Session {
-            link,
-            generation: welcome.generation,
-            reads_zero: welcome.reads_zero,
-            work: Work::Follow,
-            heard: self.commons.env.now(),
-        });
-        if let Some(cut_id) = plan.drop_staged {
-            self.drop_staged(cut_id)?;
-        }
-        if let Some(next) = plan.resume_from
-            && let Some(ledger) = &mut self.ledger
-        {
-            // These blocks are taken, but the frames that held them never arrived: a later pass
-            // takes and reads them again, and a higher pass wins.
-            let _bench = self.volume.bench();
-            ledger.rewind(next).into_iter().for_each(|run| marks.mark(run));
-        }
-        if plan.nothing_to_compare {
-            // Every block is read from now on, and the tracker marks what is written meanwhile.
-            self.rebase();
-            marks.set_compare_due(false);
-        }
-        self.volume.control().away_since = None;
-        match plan.next {
-            Next::Copy { sync, from, compare_below } => self.begin_copy(sync, from, compare_below),
-            Next::Compare => self.begin_compare(),
-            Next::Follow => {
-                self.followed();
-                Ok(())
-            }
-        }
-    }
-
     /// Nothing stands between this volume and cuts.
     pub(super) fn followed(&mut self) {
         if let Some(session) = &mut self.session {
@@ -416,7 +302,7 @@ impl Shipper {
         self.volume.coordinator.ring();
     }
 
-    fn drop_staged(&mut self, cut_id: CutId) -> Result<(), StepError> {
+    pub(super) fn drop_staged(&mut self, cut_id: CutId) -> Result<(), StepError> {
         match self.ask(&Request::GiveUp { cut_id })? {
             Reply::Staged(None) => Ok(()),
             _ => Err(LinkError::Nonsense("a staged part that was given up is still there").into()),
@@ -432,7 +318,7 @@ impl Shipper {
         }
     }
 
-    fn begin_compare(&mut self) -> Result<(), StepError> {
+    pub(super) fn begin_compare(&mut self) -> Result<(), StepError> {
         if self.volume.marks().cut().stands {
             let cut_id = CutId(self.volume.marks().cut().cut_id);
             self.give_up("the volume is compared first");
@@ -497,116 +383,5 @@ impl Shipper {
         self.backoff.reset();
         self.volume.face.update(|status| status.sent_bytes += frame.total_bytes());
         Ok(reply)
-    }
-
-    fn failed(&mut self, error: StepError) -> Duration {
-        let now = self.commons.env.now();
-        match error {
-            StepError::Stopping => {
-                self.hang_up(now);
-                return Duration::MAX;
-            }
-            StepError::GiveUp(why) => {
-                let cut_id = self.volume.control().cut;
-                self.give_up(&why);
-                let dropped = cut_id.map_or(Ok(()), |cut_id| self.drop_staged(cut_id));
-                // What was given up may have been so because of the disk.
-                let dropped = dropped.and_then(|()| Ok(self.volume.bench().disk.check()?));
-                return match dropped {
-                    Ok(()) => {
-                        self.followed();
-                        Duration::ZERO
-                    }
-                    Err(error) => self.failed(error),
-                };
-            }
-            StepError::Disk(error) => {
-                self.hang_up(now);
-                if matches!(error, DiskError::Shrunk { .. }) {
-                    // Before anything else: what comes back with the size was written by nobody.
-                    self.volume.marks().set_compare_due(true);
-                }
-                if self.volume.control().cut.is_some() {
-                    self.give_up("the volume is opened anew");
-                }
-                self.grown = matches!(error, DiskError::Grown { .. });
-                if self.grown {
-                    tracing::info!(volume = %self.volume.face.name, %error, "opened anew");
-                    self.away(error.code(), error.to_string(), now);
-                } else {
-                    self.stopped(error.code(), error.to_string(), now);
-                }
-                self.lost_disk = true;
-            }
-            StepError::Link(LinkError::Refused(refusal)) => {
-                self.hang_up(now);
-                let spoilt = matches!(
-                    refusal.code,
-                    RefusalCode::Unproven | RefusalCode::OutOfOrder | RefusalCode::Malformed
-                );
-                if spoilt && self.volume.control().cut.is_some() {
-                    // The same frames would be refused again.
-                    self.give_up("the target refused the epoch");
-                }
-                if refusal.code.retry() {
-                    let why = format!("the target refuses for now: {}", refusal.message);
-                    self.away(refused(refusal.code), why, now);
-                } else {
-                    self.stopped(refused(refusal.code), refusal.message, now);
-                }
-            }
-            StepError::Link(error) => {
-                self.hang_up(now);
-                self.away(
-                    Reason::NoSession,
-                    format!("no session with the target ({error}); it is tried again by itself"),
-                    now,
-                );
-            }
-        }
-        self.dial_at.saturating_sub(now)
-    }
-
-    fn hang_up(&mut self, now: Duration) {
-        if let Some(Session { work: Work::Compare(compare), .. }) = self.session.take() {
-            self.compare = Some(compare);
-        }
-        let mut control = self.volume.control();
-        control.ready = None;
-        control.away_since.get_or_insert(now);
-        control.verify_waits = false;
-        if control.verify != VerifyState::Idle && self.verify.take().is_some() {
-            // Looks at another session's state prove nothing together.
-            control.verify = VerifyState::Ordered;
-        }
-    }
-
-    fn away(&mut self, code: Reason, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Connecting, code, reason);
-        self.dial_at = now + self.backoff.next(&self.commons.env.random());
-        self.volume.coordinator.ring();
-    }
-
-    fn stopped(&mut self, code: Reason, reason: String, now: Duration) {
-        self.volume.face.phase(VolumePhase::Stopped, code, reason);
-        self.dial_at = now + REFUSED_EVERY;
-        self.volume.coordinator.ring();
-    }
-}
-
-/// What a refusal of the target means for the volume.
-fn refused(code: RefusalCode) -> Reason {
-    match code {
-        RefusalCode::Protocol => Reason::VersionMismatch,
-        RefusalCode::NotAllowed => Reason::NotAssigned,
-        RefusalCode::OtherMachine => Reason::OtherMachine,
-        RefusalCode::Mismatch => Reason::VolumeMismatch,
-        RefusalCode::OutOfOrder | RefusalCode::Malformed | RefusalCode::Unproven => {
-            Reason::EpochRefused
-        }
-        RefusalCode::NoSpace => Reason::TargetFull,
-        RefusalCode::Storage => Reason::TargetStorage,
-        RefusalCode::Replaced => Reason::SessionReplaced,
-        RefusalCode::Stopping => Reason::TargetRestarting,
     }
 }

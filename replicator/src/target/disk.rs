@@ -246,9 +246,8 @@ impl DiskFile for PlainFile {
 fn write_behind(file: &File, offset: u64, bytes: u64) {
     let begin = libc::SYNC_FILE_RANGE_WRITE;
     // SAFETY: the descriptor is open, and the call takes no pointer.
-    let begin = || unsafe {
-        libc::sync_file_range(file.as_raw_fd(), offset as i64, bytes as i64, begin)
-    };
+    let begin =
+        || unsafe { libc::sync_file_range(file.as_raw_fd(), offset as i64, bytes as i64, begin) };
     pulse::outside(begin);
 }
 

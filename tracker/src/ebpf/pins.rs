@@ -219,8 +219,8 @@ fn opened(dir: &Path, memory: MarksMemory<AtomicU64>) -> Result<Pinned, String> 
     }
     let slots = MapData::from_pin(dir.join(SLOTS)).map_err(|cause| explain(&cause))?;
     let words = slots.info().map_err(|cause| explain(&cause))?.max_entries() as usize * SLOT_WORDS;
-    let slots = Mapping::new(slots.fd().as_fd(), words)
-        .map_err(|cause| format!("map {SLOTS}: {cause}"))?;
+    let slots =
+        Mapping::new(slots.fd().as_fd(), words).map_err(|cause| format!("map {SLOTS}: {cause}"))?;
     Ok(Pinned { memory, counters: fixed(dir, "counters")?, slots, programs })
 }
 
