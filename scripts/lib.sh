@@ -90,6 +90,10 @@ real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs m
     diff=diffutils ip=iproute2
     nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
 
+# What the kernel lab runs on, and what its tests use in the guest.
+lab_packages=(qemu-system-x86_64=qemu-system-x86 /usr/lib/qemu/virtiofsd=qemu-system-common
+    modprobe=kmod xz=xz-utils setpriv=util-linux ip=iproute2 dmsetup=dmsetup "${real_packages[@]}")
+
 # PostgreSQL for the tests that make a cluster of their own: the package would make and start one.
 need_postgresql() {
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null && return 0
