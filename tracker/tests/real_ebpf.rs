@@ -120,6 +120,17 @@ fn a_bio_based_device_is_followed() {
     follow("zram", Path::new(&format!("/dev/zram{}", zram.0)), false);
 }
 
+/// A device that is given, whole: the kernel lab has kinds of them that few machines have.
+#[test]
+#[ignore = "in the kernel lab: scripts/lab test"]
+fn in_the_lab_a_given_device_is_followed() {
+    let path = std::env::var("SECONDSITE_LAB_DEVICE").expect("SECONDSITE_LAB_DEVICE: its path");
+    let path = Path::new(&path);
+    // Only what has requests can be attached to while it never pauses.
+    let name = path.file_name().unwrap().to_str().unwrap();
+    follow(name, path, Path::new("/sys/class/block").join(name).join("mq").exists());
+}
+
 /// Names of the pins, and the words of the header.
 fn pinned(dir: &Path) -> (Vec<String>, Vec<u64>) {
     let entries = std::fs::read_dir(dir).unwrap();
