@@ -91,7 +91,12 @@ real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs m
     nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
 
 # What the kernel lab runs on, and what its tests use in the guest.
-lab_packages=(qemu-system-x86_64=qemu-system-x86 /usr/lib/qemu/virtiofsd=qemu-system-common
+if grep -qs '^VERSION_ID="12"' /etc/os-release; then
+    virtiofsd=/usr/lib/qemu/virtiofsd lab_packages=(/usr/lib/qemu/virtiofsd=qemu-system-common)
+else
+    virtiofsd=/usr/libexec/virtiofsd lab_packages=(/usr/libexec/virtiofsd=virtiofsd)
+fi
+lab_packages+=(qemu-system-x86_64=qemu-system-x86
     modprobe=kmod xz=xz-utils setpriv=util-linux ip=iproute2 dmsetup=dmsetup "${real_packages[@]}")
 
 # PostgreSQL for the tests that make a cluster of their own: the package would make and start one.

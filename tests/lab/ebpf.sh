@@ -5,7 +5,7 @@
 modprobe -a loop zram dm-mod dm-crypt mq-deadline scsi_mod
 a=$(readlink -f /dev/disk/by-id/virtio-a)
 b=$(readlink -f /dev/disk/by-id/virtio-b)
-sectors=131072
+sectors=65536
 
 check "the tracker's own tests" "$tests/real_ebpf" --nocapture
 note_lines ' blocks taken, |^test result'
@@ -32,8 +32,8 @@ volume() { # volume NAME: the table comes on stdin
     dmsetup create --noudevsync "$1" && dmsetup mknodes "$1"
 }
 volume linear <<T
-0 65536 linear $a 200001
-65536 65536 linear $a 2049
+0 32768 linear $a 100001
+32768 32768 linear $a 2049
 T
 followed "a linear volume of two pieces" /dev/mapper/linear
 dmsetup remove --noudevsync linear
@@ -48,7 +48,7 @@ followed "an encrypted volume" /dev/mapper/crypt
 dmsetup remove --noudevsync crypt
 
 # SCSI: requests that end through another layer, and a scheduler as it comes.
-modprobe scsi_debug dev_size_mb=64 delay=0 lbpu=1
+modprobe scsi_debug dev_size_mb=32 delay=0 lbpu=1
 modprobe sd_mod
 for _ in $(seq 100); do
     scsi=$(grep -l '^scsi_debug' /sys/block/sd*/device/model 2>/dev/null | head -1)

@@ -10,7 +10,7 @@ check "the kernel is the lab's, 6.12" test "${kernel#6.12.}" != "$kernel"
 doctor() { secondsite doctor 2>&1 | tee /run/doctor; return "${PIPESTATUS[0]}"; }
 check "doctor finds nothing that fails" doctor
 says() { grep -E "^ *ok +$1 +$2" /run/doctor || { cat /run/doctor; return 1; }; }
-check "doctor: this kernel" says kernel "$kernel"
+check "doctor: this kernel" says kernel "${kernel//+/\\+}"
 check "doctor: types of the kernel" says btf /sys/kernel/btf/vmlinux
 check "doctor: programs are taken" says bpf-programs "the kernel takes the programs"
 check "doctor: pins have a place" says bpffs "/sys/fs/bpf is mounted"
