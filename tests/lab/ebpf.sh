@@ -43,7 +43,7 @@ followed "a volume striped over two disks" /dev/mapper/striped
 dmsetup remove --noudevsync striped
 
 key=$(printf '%064d' 7)
-echo "0 $sectors crypt aes-xts-plain64 $key 0 $a 2048" | volume crypt
+echo "0 $sectors crypt aes-xts-plain64 $key 0 $a 2048 1 allow_discards" | volume crypt
 followed "an encrypted volume" /dev/mapper/crypt
 dmsetup remove --noudevsync crypt
 

@@ -39,7 +39,13 @@ static long (*bpf_loop)(u32 count, void *callback, void *context, u64 flags) = (
 struct gendisk { int major; int first_minor; } CORE;
 struct block_device { struct gendisk *bd_disk; } CORE;
 struct bvec_iter { u64 bi_sector; u32 bi_size; } CORE;
-struct bio { struct bio *bi_next; struct block_device *bi_bdev; u32 bi_opf; struct bvec_iter bi_iter; } CORE;
+struct bio {
+	struct bio *bi_next;
+	struct block_device *bi_bdev;
+	u32 bi_opf;
+	struct bvec_iter bi_iter;
+	void *bi_private;
+} CORE;
 struct request_queue { struct gendisk *disk; } CORE;
 struct blk_mq_hw_ctx { u32 queue_num; } CORE;
 struct request {
@@ -390,6 +396,11 @@ INLINE int on_bio(u32 copy, struct bio *bio)
 			bpf_map_delete_elem(&stash, &key);
 		} else {
 			if (!bytes || !is_ours(bio->bi_bdev->bd_disk))
+				return 0;
+			// A piece that was split off was never queued. It completes into the bio that it is
+			// a piece of, and that one completes later, whole: it is marked and counted then.
+			key = (u64)bio->bi_private + copy;
+			if (bpf_map_lookup_elem(&stash, &key))
 				return 0;
 			count(copy, C_DOUBT_STASH, 1);
 		}

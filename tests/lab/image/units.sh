@@ -1,0 +1,57 @@
+# shellcheck shell=bash disable=SC2154 # from guest/run
+# The units as they are installed, under systemd and this kernel: the second site and a server on one
+# machine, the main job once, and the watchdog. Each daemon is stopped (SIGSTOP) and must be killed
+# and started again by init.
+units=(secondsite-control secondsite-target secondsite-agent)
+watchdog=15
+
+await() { # await SECONDS COMMAND...
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ "$SECONDS" -lt "$end" ] || return 1
+        sleep 0.5
+    done
+}
+property() { systemctl show --value --property="$2" "$1"; }
+
+note "$(systemctl --version | head -n 1), $(systemctl is-system-running)"
+for unit in "${units[@]}"; do
+    check "$unit asks for a watchdog of a minute" grep -qx WatchdogSec=60 "/usr/lib/systemd/system/$unit.service"
+    mkdir -p "/etc/systemd/system/$unit.service.d"
+    printf '[Service]\nWatchdogSec=%s\n' "$watchdog" >"/etc/systemd/system/$unit.service.d/lab.conf"
+done
+systemctl daemon-reload
+
+check "PostgreSQL runs" await 120 systemctl is-active --quiet postgresql@15-main
+check "PostgreSQL answers" await 60 runuser -u postgres -- psql -Atc 'SELECT 1'
+
+check "users and folders" sh -c 'systemd-sysusers && systemd-tmpfiles --create secondsite.conf'
+mkdir -p /srv/secondsite
+check "setup" secondsite setup --store /srv/secondsite --listen 127.0.0.1:7443 --yes
+token=$(secondsite token --json --yes | sed -n 's/.*"token": *"\([^"]*\)".*/\1/p')
+check "join" secondsite join 127.0.0.1:7443 --token "$token" --name lab --yes
+for unit in "${units[@]}"; do
+    check "$unit is active" await 60 systemctl is-active --quiet "$unit"
+    check "$unit has a watchdog" test "$(property "$unit" WatchdogUSec)" = "${watchdog}s"
+done
+
+disk=$(readlink -f /dev/disk/by-id/virtio-a)
+dd if=/dev/urandom of="$disk" bs=1M count=16 oflag=direct status=none
+check "protect" secondsite protect lab --volumes "$disk" --rpo 10s --yes
+check "an exact point" timeout 300 secondsite cut lab --wait --yes
+check "verify: the replica is the disk" timeout 300 secondsite verify lab --yes
+
+declare -A before=()
+for unit in "${units[@]}"; do
+    before[$unit]=$(property "$unit" MainPID)
+    kill -STOP "${before[$unit]}"
+done
+restarted() { [ "$(property "$1" NRestarts)" -ge 1 ] && systemctl is-active --quiet "$1"; }
+for unit in "${units[@]}"; do
+    check "$unit that stands still is started again" await 180 restarted "$unit"
+    check "$unit is another process" test "$(property "$unit" MainPID)" != "${before[$unit]}"
+    check "the watchdog ended $unit" sh -c "journalctl -u $unit | grep 'Watchdog timeout'"
+done
+dd if=/dev/urandom of="$disk" bs=1M count=1 seek=20 oflag=direct status=none
+check "an exact point after that" timeout 300 secondsite cut lab --wait --yes
