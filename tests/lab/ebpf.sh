@@ -18,7 +18,9 @@ followed_here() {
     SECONDSITE_LAB_DEVICE=$1 "$tests/real_ebpf" --ignored --exact --nocapture \
         in_the_lab_a_given_device_is_followed || return
     # A filter that matches nothing is green as well.
-    grep -q '^test result: ok. 1 passed' "$output"
+    grep -q '^test result: ok. 1 passed' "$output" || return
+    # A gap is accepted, but not this one: it would come with every bio that is split.
+    ! grep 'could not be remembered' "$output"
 }
 
 # Requests with numbers of the driver, completed in interrupts, two queues; then with numbers of a
