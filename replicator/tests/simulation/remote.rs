@@ -289,6 +289,12 @@ impl Remote {
         drop(site);
     }
 
+    /// It dies, and does not come back for so long.
+    pub fn stays_away(&self, time: Duration) {
+        self.died();
+        self.state().up_at = self.world.state().now + time;
+    }
+
     /// Stops it and starts it again, as an operator does.
     pub fn restart(&self) {
         self.died();

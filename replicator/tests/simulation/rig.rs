@@ -333,10 +333,19 @@ impl Rig {
         self.note_give_ups();
     }
 
-    pub fn order(&mut self, what: OrderKind) -> OrderState {
+    /// The coordinator alone: how long until it has more to do.
+    pub fn coordinate(&mut self) -> Duration {
+        self.agent_step(self.agent.shippers.len())
+    }
+
+    pub fn take(&mut self, what: OrderKind) {
         self.number += 1;
         let order = Order { number: self.number, what };
         assert!(self.agent.orders.lock().unwrap().take(&order));
+    }
+
+    pub fn order(&mut self, what: OrderKind) -> OrderState {
+        self.take(what);
         for _ in 0..100_000 {
             self.round();
             let state = self.agent.orders.lock().unwrap().states()[&self.number].clone();
