@@ -1,5 +1,6 @@
 //! Marks against a plain set of blocks, also when the process dies between any two instructions.
 
+#[expect(dead_code, reason = "`growth` uses all of it")]
 mod mortal;
 
 use mortal::{Mortal, dies_after, words};
