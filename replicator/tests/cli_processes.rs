@@ -48,7 +48,15 @@ fn from_setup_to_a_joined_server() {
     let next = site.ends("dr", &["token", "--ttl", "5min"], 0);
     let next = next["token"].as_str().unwrap();
     assert!(message(&join("db1", next, "db1", 78)).contains("joined already"));
+    // A configuration that cannot be read is named before the token is spent, and left as it is.
+    let agent_toml = site.config("db2").join("agent.toml");
+    std::fs::create_dir_all(agent_toml.parent().unwrap()).unwrap();
+    std::fs::write(&agent_toml, "memory = \n").unwrap();
+    assert!(message(&join("db2", next, "db2", 78)).contains("agent.toml"));
+    assert_eq!(std::fs::read_to_string(&agent_toml).unwrap(), "memory = \n");
+    std::fs::write(&agent_toml, "memory = \"32 MiB\"\n").unwrap();
     join("db2", next, "db2", 0);
+    assert!(std::fs::read_to_string(&agent_toml).unwrap().contains("32 MiB"));
 
     let status = site.ends("dr", &["status", "db1"], 0);
     let server = &status["servers"][0];

@@ -121,6 +121,18 @@ fn check(disk: &MemoryDisk, acknowledged: Option<u64>, when: &str) {
 }
 
 #[test]
+fn a_first_copy_goes_on_with_the_block_across_the_end_that_it_had_reached() {
+    let keeper = open(MemoryDisk::default()).unwrap();
+    keeper.name_bytes(VOLUME_BYTES + 1536).unwrap();
+    keeper.copy_begin(SYNC).unwrap();
+    let done = keeper.copy_flush(VOLUME_BYTES + 1536).unwrap();
+    assert_eq!(done, Reply::CopiedTo(VOLUME_BYTES + 1536));
+    keeper.name_bytes(VOLUME_BYTES + 2 * BLOCK).unwrap();
+    assert_eq!(keeper.copy_begin(SYNC).unwrap(), Reply::CopiedTo(VOLUME_BYTES));
+    keeper.copy_data(&sync_frame(&[Put::Fill(BLOCKS, 0x77)])).unwrap();
+}
+
+#[test]
 fn a_crash_at_every_operation_leaves_the_old_size_or_the_new_one() {
     let disk = MemoryDisk::default();
     let mut acknowledged = None;

@@ -4,40 +4,16 @@
 //! `SECONDSITE_BLESS=1 cargo test --release -p secondsite-tests --test corpus` writes the seeds
 //! anew from the golden files.
 
+#[path = "../../replicator/format/tests/format/allocations.rs"]
+mod allocations;
+
 use rustls::pki_types::pem::PemObject;
 use secondsite_tests::decoders::ALL;
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Nothing that is read takes more at once, bytes: a frame's body, what it unpacks to, and room.
 const ALLOCATION_BYTES_MAX: usize = 16 << 20;
-
-/// Remembers the largest single allocation of the thread.
-struct Watch;
-
-thread_local! {
-    static LARGEST: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call goes on to the system's allocator unchanged; the thread-local is a plain cell
-// without a destructor, so that touching it never allocates.
-unsafe impl GlobalAlloc for Watch {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.set(LARGEST.get().max(layout.size()));
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static WATCH: Watch = Watch;
 
 /// The whole corpus stays small: bytes.
 const CORPUS_BYTES_MAX: u64 = 300 << 10;
@@ -69,11 +45,11 @@ fn the_corpus_harms_nothing() {
         for file in files {
             let bytes = std::fs::read(&file).unwrap();
             total_bytes += bytes.len() as u64;
-            LARGEST.set(0);
+            allocations::forget();
             if std::panic::catch_unwind(|| decoder(&bytes)).is_err() {
                 panic!("{} does harm; see above", file.display());
             }
-            let largest = LARGEST.get();
+            let largest = allocations::largest();
             assert!(largest <= ALLOCATION_BYTES_MAX, "{}: {largest} bytes", file.display());
         }
     }

@@ -2,16 +2,18 @@
 //! was written before, meanwhile or after, and all of the new part, must be shipped by the cut
 //! after the next start; of the old part nothing else.
 
+mod mortal;
+
+use mortal::{Mortal, beside, dies_after, step, words};
 use secondsite_tracker::grow::{Extent, Sets, grow};
 use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
-use secondsite_tracker::sync::{Memory, Word};
+use secondsite_tracker::sync::Memory;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::convert::Infallible;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 const BLOCK_BYTES: u32 = 4096;
 const BLOCK_SECTORS: u64 = 8;
@@ -22,57 +24,13 @@ const NEW_SECTORS: u64 = 700 * BLOCK_SECTORS - 1;
 const LATER_SECTORS: u64 = 5000 * BLOCK_SECTORS;
 const SEEDS: u64 = 12;
 
-thread_local! {
-    static STEPS_LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
-    static KERNEL: RefCell<Option<Rc<Kernel>>> = const { RefCell::new(None) };
-}
-
-struct Killed;
-
-/// One step of the process; beside it the kernel does something, or the process is killed.
-fn step() {
-    let left = STEPS_LEFT.get();
-    if left == 0 {
-        resume_unwind(Box::new(Killed));
-    }
-    STEPS_LEFT.set(left - 1);
-    let kernel = KERNEL.with_borrow(Clone::clone);
-    kernel.inspect(|kernel| kernel.moment());
-}
-
-struct Mortal(AtomicU64);
-
-impl Word for Mortal {
-    fn load(&self, order: Ordering) -> u64 {
-        step();
-        self.0.load(order)
-    }
-    fn store(&self, value: u64, order: Ordering) {
-        step();
-        self.0.store(value, order)
-    }
-    fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
-        step();
-        self.0.fetch_or(bits, order)
-    }
-    fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
-        step();
-        self.0.fetch_and(bits, order)
-    }
-    fn fence(_: Ordering) {}
-}
-
 type Words = Arc<[Mortal]>;
-
-fn words(count: u64) -> Words {
-    (0..count.max(1)).map(|_| Mortal(0.into())).collect()
-}
 
 /// Live, summary, taken.
 type Set = [Words; 3];
 
 fn set_of(blocks: u64) -> Set {
-    let leaves = blocks.div_ceil(64);
+    let leaves = blocks.div_ceil(64) as usize;
     [words(leaves), words(leaves.div_ceil(64 * 64)), words(leaves)]
 }
 
@@ -216,22 +174,16 @@ fn killed_after(seed: u64, steps: u64) -> bool {
     marks.take(10, &mut Vec::new());
     drop(marks);
 
-    KERNEL.set(Some(kernel.clone()));
-    STEPS_LEFT.set(steps);
-    let first = catch_unwind(AssertUnwindSafe(|| {
-        grow(&mut Pins(kernel.clone()), &kernel.header, BLOCK_BYTES, NEW_SECTORS)
-    }));
-    STEPS_LEFT.set(u64::MAX);
-    let killed = match first {
-        Ok(_) => false,
-        Err(cause) if cause.is::<Killed>() => true,
-        Err(cause) => resume_unwind(cause),
-    };
+    let of_kernel = kernel.clone();
+    beside(Some(Rc::new(move || of_kernel.moment())));
+    let killed = !dies_after(steps, || {
+        let Ok(_) = grow(&mut Pins(kernel.clone()), &kernel.header, BLOCK_BYTES, NEW_SECTORS);
+    });
     (0..20).for_each(|_| kernel.moment());
     let sectors = if seed.is_multiple_of(3) { LATER_SECTORS } else { NEW_SECTORS };
     kernel.device_blocks.set(sectors.div_ceil(BLOCK_SECTORS));
     let Ok(extent) = grow(&mut Pins(kernel.clone()), &kernel.header, BLOCK_BYTES, sectors);
-    KERNEL.set(None);
+    beside(None);
     kernel.end_all();
 
     assert_eq!(extent.sectors, sectors);

@@ -1,55 +1,18 @@
 //! Marks against a plain set of blocks, also when the process dies between any two instructions.
 
+#[expect(dead_code, reason = "`growth` uses all of it")]
+mod mortal;
+
+use mortal::{Mortal, dies_after, words};
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
 use secondsite_tracker::sync::Memory;
-use secondsite_tracker::sync::Word;
-use std::cell::Cell;
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 /// Several groups of leaf words, the last one not full.
 const BLOCKS: u64 = 3 * 64 * 64 + 77;
-
-thread_local! {
-    /// Atomic steps that this "process" may still take.
-    static STEPS_LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
-}
-
-/// A word of a process that is killed after some steps.
-struct Mortal(AtomicU64);
-
-struct Killed;
-
-fn step() {
-    let left = STEPS_LEFT.get();
-    if left == 0 {
-        resume_unwind(Box::new(Killed));
-    }
-    STEPS_LEFT.set(left - 1);
-}
-
-impl Word for Mortal {
-    fn load(&self, order: Ordering) -> u64 {
-        step();
-        self.0.load(order)
-    }
-    fn store(&self, value: u64, order: Ordering) {
-        step();
-        self.0.store(value, order)
-    }
-    fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
-        step();
-        self.0.fetch_or(bits, order)
-    }
-    fn fetch_and(&self, bits: u64, order: Ordering) -> u64 {
-        step();
-        self.0.fetch_and(bits, order)
-    }
-    fn fence(_: Ordering) {}
-}
 
 /// Memory that outlives the process.
 struct Pinned([Arc<[Mortal]>; 4]);
@@ -57,7 +20,7 @@ struct Pinned([Arc<[Mortal]>; 4]);
 impl Pinned {
     fn new() -> Self {
         let leaves = BLOCKS.div_ceil(64) as usize;
-        Self([64, leaves, 1, leaves].map(|words| (0..words).map(|_| Mortal(0.into())).collect()))
+        Self([64, leaves, 1, leaves].map(words))
     }
 
     fn open(&self) -> Marks<Mortal> {
@@ -190,12 +153,7 @@ proptest! {
         let mut due: BTreeSet<u64> = oracle.live.union(&oracle.taken).copied().collect();
         let committing = matches!(last, Event::Committed) && oracle.stands;
         let epoch = oracle.epoch;
-        STEPS_LEFT.set(u64::from(steps) % 2000);
-        let end = catch_unwind(AssertUnwindSafe(|| oracle.apply(&last, &marks)));
-        STEPS_LEFT.set(u64::MAX);
-        if end.is_err_and(|cause| !cause.is::<Killed>()) {
-            panic!("the model failed, see above");
-        }
+        dies_after(u64::from(steps) % 2000, || oracle.apply(&last, &marks));
         drop(marks);
 
         let marks = memory.open();
@@ -213,6 +171,34 @@ proptest! {
         let got = blocks_of(&out);
         assert!(due.is_subset(&got), "lost: {:?}", due.difference(&got).next());
         assert!(marks.live_is_clear());
+    }
+}
+
+/// A process that dies in a take leaves leaves under summary bits that it has cleared: the first
+/// take of the next one has to look at all of them.
+#[test]
+fn what_a_take_killed_at_any_step_leaves_is_taken_by_the_next_process() {
+    let due: BTreeSet<u64> = [0, 63, 64 * 64 - 1, 64 * 64, BLOCKS - 1].into();
+    for steps in 0.. {
+        let memory = Pinned::new();
+        let marks = memory.open();
+        due.iter().for_each(|block| marks.mark(BlockRun { first: *block, count: 1 }));
+        marks.begin(1, [1; 16]);
+        let ended = dies_after(steps, || {
+            marks.take(u64::MAX, &mut Vec::new());
+        });
+        drop(marks);
+
+        let marks = memory.open();
+        marks.give_up();
+        marks.begin(2, [2; 16]);
+        let mut out = Vec::new();
+        marks.take(u64::MAX, &mut out);
+        assert_eq!(blocks_of(&out), due, "killed after {steps}");
+        if ended {
+            assert!(steps > 200, "{steps} steps: it is killed in all of them");
+            break;
+        }
     }
 }
 

@@ -44,6 +44,7 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
         return Ok(());
     }
     may_join(context, &token)?;
+    let config_table = read_config(paths)?;
     let state = StateDir::open(&paths.state, AGENT)?;
     // What a newer version wrote is not thrown away. Anything else that is wrong is replaced.
     for document in [ENROLMENT, ASSIGNMENT, ORDERS] {
@@ -86,7 +87,7 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
         }
     }
     state.write(ENROLMENT, &enrolment)?;
-    write_config(paths, &args.control, &reply.name)?;
+    write_config(paths, config_table, &args.control, &reply.name)?;
     pki::install(&paths.pki, AGENT, &key_pem, &reply.certificate_pem, &reply.authority_pem)
         .map_err(|error| Failure::new(Exit::Io, format!("{error:#}")))?;
 
@@ -170,16 +171,31 @@ fn may_join(context: &Context, token: &Token) -> Result<(), Failure> {
         .hint("give --yes to join anew with this token"))
 }
 
-/// `agent.toml` with control's address and the name; what else stands there stays.
-fn write_config(paths: &Paths, control: &str, name: &str) -> Result<(), Failure> {
+/// What stands in `agent.toml`. Looked at before the token is spent.
+fn read_config(paths: &Paths) -> Result<toml::Table, Failure> {
     let path = paths.file(AGENT);
-    let mut table = match std::fs::read_to_string(&path) {
-        Ok(text) => text.parse::<toml::Table>().unwrap_or_default(),
-        Err(_) => toml::Table::new(),
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(toml::Table::new()),
+        Err(error) => return Err(Failure::io("read", &path, &error)),
     };
+    text.parse().map_err(|error: toml::de::Error| {
+        Failure::new(Exit::Config, format!("{}: {}", path.display(), error.to_string().trim_end()))
+            .still("nothing was changed; the token is still good")
+            .hint(format!("mend that line, or move {} away, then join again", path.display()))
+    })
+}
+
+/// Writes `agent.toml` with control's address and the name; what else stands there stays.
+fn write_config(
+    paths: &Paths,
+    mut table: toml::Table,
+    control: &str,
+    name: &str,
+) -> Result<(), Failure> {
     table.insert("control".into(), control.into());
     table.insert("name".into(), name.into());
-    super::setup::write_toml(&path, &table)
+    super::setup::write_toml(&paths.file(AGENT), &table)
 }
 
 fn show(context: &Context, document: &serde_json::Value, devices: &[InventoryDevice]) {

@@ -215,7 +215,7 @@ impl Coordinator {
         for mut order in open {
             let (since, mut limit) = *order.times.get_or_insert((now, now + CUT_LIMIT));
             match order.what {
-                OrderKind::Verify => self.answer_verify(&mut order, faces, volumes),
+                OrderKind::Verify => self.answer_verify(&mut order, since, faces, volumes),
                 OrderKind::Cut => {
                     let comparing = faces.iter().any(|face| {
                         let status = face.status();
@@ -283,7 +283,13 @@ impl Coordinator {
         }
     }
 
-    fn answer_verify(&self, order: &mut Open, faces: &[Arc<Face>], volumes: &[Arc<Volume>]) {
+    fn answer_verify(
+        &self,
+        order: &mut Open,
+        since: Duration,
+        faces: &[Arc<Face>],
+        volumes: &[Arc<Volume>],
+    ) {
         let running = lock(&self.orders)
             .open
             .iter()
@@ -294,6 +300,21 @@ impl Coordinator {
         if let Some(face) = faces.iter().find(|face| face.status().phase == VolumePhase::Stopped) {
             let reason = format!("{} is stopped: {}", face.name, face.status().reason);
             lock(&self.orders).failed(order.number, EXIT_UNAVAILABLE, reason);
+            volumes.iter().for_each(|volume| volume.control().verify = VerifyState::Idle);
+            return (self.changed)();
+        }
+        // A verify may take long, but somebody waits for it.
+        let gone = |volume: &&Arc<Volume>| {
+            let away = volume.control().away_since;
+            away.is_some_and(|away| self.env.now() > since.max(away) + CUT_LIMIT)
+        };
+        if let Some(volume) = volumes.iter().find(gone) {
+            let status = volume.face.status();
+            let reason = format!(
+                "{} has had no session with the target for 4 min: {}",
+                volume.face.name, status.reason
+            );
+            lock(&self.orders).failed(order.number, EXIT_TRY_LATER, reason);
             volumes.iter().for_each(|volume| volume.control().verify = VerifyState::Idle);
             return (self.changed)();
         }

@@ -171,7 +171,16 @@ impl Keeper {
         // that is longer than its record does no harm.
         self.grow_replica(bytes)?;
         self.sync_replica()?;
-        self.store(StateRecord { volume_bytes: bytes, ..record })
+        // A copy that had come to the old end goes on with the block that lies across it: the
+        // source reads whole blocks, and what is below the cursor is not touched again.
+        let across = record.volume_bytes % u64::from(record.block_bytes);
+        let copy = match record.copy {
+            CopyRecord::Copying { sync, cursor } if cursor == record.volume_bytes => {
+                CopyRecord::Copying { sync, cursor: cursor - across }
+            }
+            copy => copy,
+        };
+        self.store(StateRecord { volume_bytes: bytes, copy, ..record })
     }
 
     /// Whether a device is large enough for the volume.

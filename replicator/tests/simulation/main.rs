@@ -4,6 +4,7 @@
 //! What is checked all along stands in [`remote`] (the second site) and [`world`] (no lost update).
 
 mod network;
+mod pinned;
 mod remote;
 mod rig;
 mod seeds;

@@ -1,13 +1,16 @@
 //! The network between the source and the target's conversations: bytes arrive in order within a
 //! connection, or not at all; connections break at seeded moments, with the answer or without, and
-//! what was on its way in an old one may still arrive when a new one is up.
+//! what was on its way in an old one may still arrive when a new one is up. A frame may arrive with
+//! a bit of it changed, as if no TLS were below.
 
 use crate::remote::Remote;
 use crate::world::Killed;
 use secondsite::source::seams::{Dial, Link, LinkError};
 use secondsite::target::conversation::{Conversation, Effect, End};
 use secondsite::target::session::{Line, SessionHandle};
-use secondsite_format::frame::{Frame, FrameKind, RawHeader};
+use secondsite::wire::WireError;
+use secondsite_format::FormatError;
+use secondsite_format::frame::{Frame, FrameKind, HEADER_BYTES, RawHeader};
 use secondsite_format::message::{Hello, Message, Refusal, Reply, Welcome};
 use std::collections::VecDeque;
 use std::net::Shutdown;
@@ -75,9 +78,13 @@ impl Remote {
         self.world.note("arrives", &values);
         let site = self.state().site.clone()?;
         let result = self.living(|| {
-            let raw = RawHeader::parse(frame.header_bytes()).expect("a frame has a header");
+            let (header, body) = self.garbled(&frame);
+            let format = |error: FormatError| WireError::from(error);
+            let raw = RawHeader::parse(&header).map_err(format);
+            let raw = raw.map_err(|error| conversation.broken(error))?;
             let admitted = conversation.admit(&raw).map_err(|error| conversation.broken(error))?;
-            let frame = raw.with_body(frame.body.clone()).expect("a frame decodes");
+            let frame = raw.with_body(body).map_err(format);
+            let frame = frame.map_err(|error| conversation.broken(error))?;
             let grant = site.budget(admitted);
             let mut effect = conversation.frame(&frame, Some(grant))?;
             while matches!(effect, Effect::Wait) {
@@ -197,6 +204,22 @@ impl Remote {
         }
     }
 
+    /// What of a frame arrives.
+    fn garbled(&self, frame: &Frame) -> ([u8; HEADER_BYTES], Vec<u8>) {
+        let (mut header, mut body) = (*frame.header_bytes(), frame.body.clone());
+        let one_of = self.state().faults.garbled;
+        if one_of > 0 && self.world.below(one_of) == 0 {
+            let bit = self.world.below(8 * frame.total_bytes());
+            self.world.note("garbled", &[bit]);
+            let at = bit as usize / 8;
+            match header.get_mut(at) {
+                Some(byte) => *byte ^= 1 << (bit % 8),
+                None => body[at - HEADER_BYTES] ^= 1 << (bit % 8),
+            }
+        }
+        (header, body)
+    }
+
     fn faulty(&self) -> bool {
         let percent = self.state().faults.breaks;
         self.world.chance(percent)
@@ -218,7 +241,7 @@ impl Dial for SimDial {
         let remote = &self.remote;
         remote.world.moment();
         let number = remote.connect(self.volume).ok_or_else(|| lost("refused"))?;
-        let mut link = SimLink { remote: remote.clone(), number, dead: false };
+        let mut link = SimLink { remote: remote.clone(), volume: self.volume, number, dead: false };
         let answer = link.ask_frame(&hello.to_frame())?;
         let welcome = Welcome::from_frame(&answer).map_err(|_| LinkError::Nonsense("welcome"))?;
         Ok((Box::new(link), welcome))
@@ -227,6 +250,7 @@ impl Dial for SimDial {
 
 struct SimLink {
     remote: Arc<Remote>,
+    volume: usize,
     number: u64,
     dead: bool,
 }
@@ -278,13 +302,17 @@ impl SimLink {
         if remote.faulty() {
             return Err(self.broken());
         }
-        answer.ok_or_else(|| lost("the target died"))
+        let answer = answer.ok_or_else(|| lost("the target died"))?;
+        let (header, body) = remote.garbled(&answer);
+        let received = RawHeader::parse(&header).and_then(|raw| raw.with_body(body));
+        received.map_err(|_| self.broken())
     }
 }
 
 impl Link for SimLink {
     fn send(&mut self, frame: &Frame) -> Result<(), LinkError> {
         assert!(!self.dead, "nothing is sent on a broken connection");
+        self.remote.note_sent(self.volume, frame);
         self.remote.world.moment();
         let open = self.remote.send(self.number, frame);
         if self.remote.faulty() {

@@ -2,7 +2,8 @@
 //! and what must hold of it at every moment.
 //!
 //! - an epoch that was acknowledged is there, and no epoch ever becomes another;
-//! - an exact epoch is its volume at the instant that was proven, as the target reads it back;
+//! - an exact epoch is its volume at the instant that was proven, with the size that it had then,
+//!   as the target reads it back;
 //! - outside of a promotion the replica volume is its base, byte for byte;
 //! - damage is found and named, never served.
 
@@ -17,11 +18,13 @@ use secondsite::target::state::EpochFacts;
 use secondsite::target::store::Store;
 use secondsite::target::view::View;
 use secondsite_control::api::{TargetAssignment, TargetServer, TargetVolume};
+use secondsite_format::extent::Content;
 use secondsite_format::frame::Frame;
 use secondsite_format::ids::{CutId, ServerId, VolumeId};
+use secondsite_format::limits::VOLUME_BYTES_MAX;
 use secondsite_format::manifest::{Consistency, Manifest, SignedManifest};
 use secondsite_format::message::{Message, Reply, Welcome};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -47,11 +50,16 @@ fn verify(key: &[u8; 65], bytes: &[u8], signature: &[u8; 64]) -> bool {
     sign(key, bytes) == *signature
 }
 
+/// Older states that are kept.
+const SNAPSHOTS_MAX: usize = 3;
+
 /// What goes wrong at the second site and on the way there.
 #[derive(Clone, Default)]
 pub struct Faults {
     /// Percent of messages at which a connection breaks.
     pub breaks: u64,
+    /// One of so many frames arrives with a bit changed (0: none).
+    pub garbled: u64,
     /// One of so many accesses to a disk fails (0: none).
     pub errors: u64,
     /// One of so many writes finds no space.
@@ -98,13 +106,19 @@ struct Seen {
     manifests: Vec<Manifest>,
     /// The journal was damaged: the volume may stop, and the source may have to compare.
     rotten: bool,
+    /// An older state of its disk was put back, and no exact epoch came since.
+    set_back: bool,
     /// The replica was damaged: only a verify can tell.
     tampered: bool,
+    /// Blocks that the source sent since [`Remote::count_sent`].
+    sent: Option<BTreeSet<u64>>,
 }
 
 pub struct State {
     pub site: Option<Arc<Site>>,
     store: Disks,
+    /// Older states of all disks.
+    snapshots: Vec<BTreeMap<VolumeId, MemoryDisk>>,
     pub wires: BTreeMap<u64, Wire>,
     pub next_wire: u64,
     seen: Vec<Seen>,
@@ -118,18 +132,22 @@ pub struct State {
     retry_at: Duration,
     pub deaths: u64,
     pub stops: u64,
+    pub set_backs: u64,
 }
 
 /// The target.
 pub struct Remote {
     pub world: Arc<World>,
     volumes: usize,
+    /// Sizes of the volumes when they were protected.
+    assigned: Vec<usize>,
     state: Mutex<State>,
 }
 
 impl Remote {
     pub fn new(world: &Arc<World>) -> Arc<Self> {
-        let volumes = world.state().disks.len();
+        let assigned: Vec<usize> = world.state().disks.iter().map(|disk| disk.data.len()).collect();
+        let volumes = assigned.len();
         Arc::new_cyclic(|me: &std::sync::Weak<Self>| {
             let me = me.clone();
             let watch: Watch = Arc::new(move |access: &Access<'_>| {
@@ -138,9 +156,11 @@ impl Remote {
             Self {
                 world: world.clone(),
                 volumes,
+                assigned,
                 state: Mutex::new(State {
                     site: None,
                     store: Disks { disks: Arc::default(), watch },
+                    snapshots: Vec::new(),
                     wires: BTreeMap::new(),
                     next_wire: 0,
                     seen: (0..volumes).map(|_| Seen::default()).collect(),
@@ -152,6 +172,7 @@ impl Remote {
                     retry_at: Duration::ZERO,
                     deaths: 0,
                     stops: 0,
+                    set_backs: 0,
                 }),
             }
         })
@@ -170,7 +191,7 @@ impl Remote {
         let volume = |i: usize| TargetVolume {
             id: volume_id(i).to_string(),
             name: format!("v{i}"),
-            size_bytes: self.world.state().disks[i].data.len() as u64,
+            size_bytes: self.assigned[i] as u64,
             block_bytes: BLOCK as u32,
         };
         let server = TargetServer {
@@ -268,10 +289,53 @@ impl Remote {
         drop(site);
     }
 
+    /// It dies, and does not come back for so long.
+    pub fn stays_away(&self, time: Duration) {
+        self.died();
+        self.state().up_at = self.world.state().now + time;
+    }
+
     /// Stops it and starts it again, as an operator does.
     pub fn restart(&self) {
         self.died();
         self.start();
+    }
+
+    /// Keeps the disks as they are now; the oldest of too many goes.
+    pub fn snapshot(&self) {
+        let mut state = self.state();
+        if state.snapshots.len() == SNAPSHOTS_MAX {
+            state.snapshots.remove(0);
+        }
+        let disks = self.copied(&state.store.disks.lock().unwrap());
+        state.snapshots.push(disks);
+    }
+
+    fn copied(&self, disks: &BTreeMap<VolumeId, MemoryDisk>) -> BTreeMap<VolumeId, MemoryDisk> {
+        let seed = self.world.state().rng.next();
+        let copy = |(id, disk): (&VolumeId, &MemoryDisk)| (*id, disk.after_crash(seed));
+        disks.iter().map(copy).collect()
+    }
+
+    /// Somebody stops the target and puts the disks back as they were at a snapshot. What was
+    /// acknowledged since is gone; no promise about it is left but that the source finds out.
+    pub fn set_back(&self) {
+        let count = self.state().snapshots.len();
+        if count == 0 {
+            return;
+        }
+        let which = self.world.below(count as u64) as usize;
+        self.world.note("set back", &[which as u64]);
+        self.died();
+        let mut state = self.state();
+        state.set_backs += 1;
+        let disks = self.copied(&state.snapshots[which]);
+        *state.store.disks.lock().unwrap() = disks;
+        for seen in &mut state.seen {
+            seen.epochs.clear();
+            (seen.acknowledged, seen.image, seen.checked) = ((0, CutId::NONE), None, None);
+            seen.set_back = true;
+        }
     }
 
     /// The operator looks: a process that is down comes up, one with a stopped volume is started
@@ -343,6 +407,7 @@ impl Remote {
         let seen = &mut state.seen[volume];
         if seen.acknowledged != (epoch.0, cut_id) {
             seen.acknowledged = (epoch.0, cut_id);
+            seen.set_back &= signed.manifest.consistency == Consistency::Fuzzy;
             seen.manifests.push(signed.manifest);
         }
         drop(state);
@@ -386,11 +451,11 @@ impl Remote {
     }
 
     fn check_keeper(&self, volume: usize, keeper: &Keeper) {
-        let (base, epochs, promoting, copied) = {
+        let (record, epochs, copied) = {
             let held = keeper.volume();
-            let record = held.record();
-            (record.base.clone(), held.epochs().to_vec(), record.promoting.is_some(), held.copied())
+            (held.record().clone(), held.epochs().to_vec(), held.copied())
         };
+        let (base, promoting) = (record.base, record.promoting.is_some());
         let journaled = epochs.iter().map(|epoch| (*epoch.facts).clone());
         let facts: Vec<EpochFacts> = base.clone().into_iter().chain(journaled).collect();
         let newest = facts.last().map_or((0, CutId::NONE), |facts| (facts.epoch.0, facts.cut_id));
@@ -414,11 +479,11 @@ impl Remote {
         let rotten = seen.rotten;
         let tampered = seen.tampered;
         drop(state);
-        let view = |count: usize| {
-            let mut image = vec![0; self.world.state().disks[volume].data.len()];
+        let view = |count: usize, bytes: u64| {
+            let mut image = vec![0; bytes as usize];
             let epochs = epochs[..count].iter().map(|epoch| epoch.index.clone()).collect();
             let replica = keeper.view().ok()?.replica;
-            let view = View { replica, epochs, replica_bytes: image.len() as u64 };
+            let view = View { replica, epochs, replica_bytes: record.volume_bytes };
             match view.read(0, &mut image) {
                 Ok(()) => Some(Arc::new(image)),
                 Err(error) => {
@@ -431,15 +496,14 @@ impl Remote {
         // Between two epochs only the newest state can be read.
         let first = if promoting { epochs.len() } else { 0 };
         for count in first..=epochs.len() {
-            let Some(image) = view(count) else { continue };
+            // With nothing promoted and no epoch it is the first copy, which is of no instant.
+            let facts = (with_base + count).checked_sub(1).map(|at| &facts[at]);
+            let bytes = facts.map_or(record.volume_bytes, |facts| facts.volume_bytes);
+            let Some(image) = view(count, bytes) else { continue };
             if count == epochs.len() {
                 self.state().seen[volume].image = Some(image.clone());
             }
-            // With nothing promoted and no epoch it is the first copy, which is of no instant.
-            let Some(facts) = (with_base + count).checked_sub(1).map(|at| &facts[at]) else {
-                continue;
-            };
-            if !tampered {
+            if let Some(facts) = facts.filter(|_| !tampered) {
                 self.check_epoch(volume, facts, &image);
             }
         }
@@ -462,6 +526,8 @@ impl Remote {
         }
         let world = self.world.state();
         let instant = world.instants.get(&facts.cut_id.0).expect("an exact cut was proven");
+        let (bytes, due) = (image.len(), instant[volume].len());
+        assert_eq!(bytes, due, "volume {volume}: exact epoch {epoch} has another size");
         let blocks = image.chunks(BLOCK).zip(instant[volume].chunks(BLOCK)).enumerate();
         let wrong: Vec<_> = blocks.filter(|(_, (a, b))| a != b).map(|(i, _)| i).collect();
         assert!(wrong.is_empty(), "volume {volume}: exact epoch {epoch} is wrong in {wrong:?}");
@@ -472,10 +538,10 @@ impl Remote {
         self.state().seen[volume].image.clone()
     }
 
-    /// Nothing that came to the target can be wrong because of damage.
+    /// What differs from the target is not so because of damage, or of what the source cannot know.
     pub fn is_sound(&self, volume: usize) -> bool {
-        let state = self.state();
-        !state.seen[volume].rotten && !state.seen[volume].tampered
+        let seen = &self.state().seen[volume];
+        !seen.rotten && !seen.tampered && !seen.set_back
     }
 
     pub fn rotten(&self) -> bool {
@@ -490,6 +556,28 @@ impl Remote {
         self.state().seen[volume].acknowledged.1
     }
 
+    /// Counts from now on which blocks the source sends.
+    pub fn count_sent(&self) {
+        self.state().seen.iter_mut().for_each(|seen| seen.sent = Some(BTreeSet::new()));
+    }
+
+    /// A frame left the source.
+    pub fn note_sent(&self, volume: usize, frame: &Frame) {
+        let mut state = self.state();
+        let Some(sent) = &mut state.seen[volume].sent else { return };
+        let content = Content::decode(&frame.body, VOLUME_BYTES_MAX).expect("content decodes");
+        let blocks = content
+            .extents()
+            .iter()
+            .flat_map(|extent| extent.offset / BLOCK as u64..extent.end().div_ceil(BLOCK as u64));
+        sent.extend(blocks);
+    }
+
+    /// Blocks counted.
+    pub fn sent(&self, volume: usize) -> BTreeSet<u64> {
+        self.state().seen[volume].sent.clone().unwrap_or_default()
+    }
+
     /// Changes a byte of the replica volume behind everybody's back.
     pub fn tamper(&self, volume: usize, offset: usize) {
         let mut state = self.state();
@@ -501,7 +589,7 @@ impl Remote {
     /// The committed state as it is now, read anew.
     pub fn read(&self, volume: usize) -> Vec<u8> {
         let keeper = self.keeper(volume).expect("the volume is open");
-        let mut image = vec![0; self.world.state().disks[volume].data.len()];
+        let mut image = vec![0; keeper.volume().durable_bytes() as usize];
         self.looking(|| keeper.view().unwrap().read(0, &mut image)).expect("it can be read");
         image
     }

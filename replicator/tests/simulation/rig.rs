@@ -3,7 +3,7 @@
 
 use crate::network::SimDial;
 use crate::remote::{KEY, MACHINE, Remote, SERVER, sign, volume_id};
-use crate::world::{BLOCK, Killed, MemoryDisk, MemoryFreezer, MemoryTracker, World};
+use crate::world::{BLOCK, DiskState, Killed, MemoryDisk, MemoryFreezer, MemoryTracker, World};
 use secondsite::source::buffers::Memory;
 use secondsite::source::coordinator::{Coordinator, Protected};
 use secondsite::source::orders::Orders;
@@ -13,6 +13,7 @@ use secondsite::source::seams::{Env, Signer};
 use secondsite::source::shipper::{Commons, Shipper};
 use secondsite::source::volume::{Bell, Face, Status, Volume};
 use secondsite_control::api::{Order, OrderKind, OrderResult, OrderState, VolumePhase};
+use secondsite_control::codes::Reason;
 use secondsite_format::manifest::Consistency;
 use secondsite_tracker::marks::Marks;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -31,10 +32,14 @@ impl Signer for TestSigner {
 
 /// The agent's process.
 struct Agent {
-    volumes: Vec<Arc<Volume>>,
-    shippers: Vec<Shipper>,
+    faces: Vec<Arc<Face>>,
+    /// What is attached; none while its disk is too small.
+    shippers: Vec<Option<Shipper>>,
     coordinator: Coordinator,
     orders: Arc<Mutex<Orders>>,
+    protected: Arc<Mutex<Protected>>,
+    commons: Arc<Commons>,
+    bell: Arc<Bell>,
 }
 
 pub struct Rig {
@@ -42,6 +47,10 @@ pub struct Rig {
     pub remote: Arc<Remote>,
     pub give_ups: u64,
     pub kills: u64,
+    /// Percent of the times that a tracker grows at which the agent is killed soon.
+    pub kills_growing: u64,
+    pub grown: u64,
+    pub shrunk: u64,
     seed: u64,
     freezable: bool,
     compare_only: bool,
@@ -62,13 +71,13 @@ impl Rig {
         let world = World::new(seed, count, blocks);
         let remote = Remote::new(&world);
         remote.start();
-        for disk in &world.state().disks {
-            disk.marks.set_compare_due(true);
-        }
-        let agent = Agent::start(&world, &remote, freezable, compare_only);
-        Self {
+        let agent = Agent::start(&world);
+        let mut rig = Self {
             give_ups: 0,
             kills: 0,
+            kills_growing: 0,
+            grown: 0,
+            shrunk: 0,
             seed,
             freezable,
             compare_only,
@@ -76,7 +85,62 @@ impl Rig {
             number: 0,
             world,
             remote,
+        };
+        (0..count).for_each(|index| rig.attach(index));
+        rig
+    }
+
+    /// The agent's process runs this; false if it was killed, and another one began.
+    fn living(&mut self, run: impl FnOnce(&mut Self)) -> bool {
+        self.world.state().in_agent = true;
+        let done = catch_unwind(AssertUnwindSafe(|| run(self)));
+        self.world.state().in_agent = false;
+        match done {
+            Ok(()) => true,
+            Err(payload) if payload.is::<Killed>() => {
+                self.restart();
+                false
+            }
+            Err(payload) => resume_unwind(payload),
         }
+    }
+
+    /// The agent opens a disk and its tracker, which has grown perhaps, and puts a volume together.
+    fn attach(&mut self, index: usize) {
+        let (world, remote, agent) = (&self.world, &self.remote, &mut self.agent);
+        let face = agent.faces[index].clone();
+        let grows = {
+            let state = world.state();
+            state.disks[index].bytes() > state.disks[index].pinned.bytes()
+        };
+        if grows && world.chance(self.kills_growing) {
+            world.state().kill_in = Some(world.below(20));
+        }
+        let bytes = match world.attach(index) {
+            Ok(bytes) => bytes,
+            Err(before) => {
+                let reason = format!("it had {before} bytes");
+                return face.phase(VolumePhase::Stopped, Reason::DeviceShrunk, reason);
+            }
+        };
+        let marks = world.state().disks[index].marks.clone();
+        let fresh = || Arc::new(Marks::in_memory(marks.blocks()));
+        let marks = if self.compare_only { fresh() } else { marks };
+        let tracker = if self.compare_only { "compare" } else { "ebpf" };
+        face.update(|status| status.tracker = tracker);
+        let freezable = self.freezable;
+        let tracker = Arc::new(MemoryTracker { world: world.clone(), marks, index, freezable });
+        let disk = MemoryDisk { world: world.clone(), index, bytes, queue: Vec::new() };
+        let shape = Shape::new(bytes as u64, BLOCK as u32, &[]);
+        let path = format!("/dev/v{index}").into();
+        let bell = agent.bell.clone();
+        let disk = Box::new(disk);
+        let volume = Volume::new(face, shape, tracker, self.compare_only, path, disk, bell);
+        let volume = Arc::new(volume);
+        let dial = SimDial { remote: remote.clone(), volume: index };
+        let shipper = Shipper::new(volume.clone(), agent.commons.clone(), Box::new(dial));
+        agent.shippers[index] = Some(shipper);
+        agent.protected.lock().unwrap().volumes.push(volume);
     }
 
     /// The agent is killed and started again; marks go on.
@@ -84,7 +148,10 @@ impl Rig {
         self.kills += 1;
         self.note_give_ups();
         self.world.agent_begins();
-        self.agent = Agent::start(&self.world, &self.remote, self.freezable, self.compare_only);
+        self.agent = Agent::start(&self.world);
+        let count = self.agent.faces.len();
+        // Killed at it, the next process attaches all of them.
+        self.living(|rig| (0..count).for_each(|index| rig.attach(index)));
     }
 
     /// The whole server is booted anew.
@@ -99,7 +166,7 @@ impl Rig {
     }
 
     pub fn faces(&self) -> impl Iterator<Item = Status> {
-        self.agent.volumes.iter().map(|volume| volume.face.status())
+        self.agent.faces.iter().map(|face| face.status())
     }
 
     /// One step of everybody, in seeded order; time moves on when nobody has anything to do.
@@ -129,31 +196,48 @@ impl Rig {
     }
 
     fn agent_step(&mut self, any: usize) -> Duration {
-        self.world.state().in_agent = true;
         self.world.no_proof();
-        let agent = &mut self.agent;
-        let step = catch_unwind(AssertUnwindSafe(|| match agent.shippers.get_mut(any) {
-            Some(shipper) => shipper.step(),
-            None => agent.coordinator.step(),
-        }));
-        self.world.state().in_agent = false;
-        match step {
-            Ok(wait) => wait,
-            Err(payload) if payload.is::<Killed>() => {
-                self.restart();
-                Duration::ZERO
+        let mut wait = Duration::ZERO;
+        self.living(|rig| {
+            wait = match rig.agent.shippers.get_mut(any) {
+                Some(Some(shipper)) => shipper.step(),
+                Some(None) => Duration::MAX,
+                None => rig.agent.coordinator.step(),
+            };
+        });
+        wait
+    }
+
+    /// A volume whose disk was lost, or has another size, is opened anew, as its thread does: at
+    /// once if it has grown, else soon after the disk is back.
+    fn reopen(&mut self) {
+        for index in 0..self.agent.shippers.len() {
+            let (gone, shrunk) = {
+                let state = self.world.state();
+                (state.disks[index].gone, state.disks[index].shrunk_to.is_some())
+            };
+            let due = match &self.agent.shippers[index] {
+                Some(shipper) if !shipper.lost_disk() => false,
+                Some(shipper) => shipper.grown() || (!gone && self.world.chance(50)),
+                None => !shrunk,
+            };
+            if due && !self.living(|rig| rig.open_anew(index)) {
+                return;
             }
-            Err(payload) => resume_unwind(payload),
         }
     }
 
-    /// A volume whose disk was lost is opened anew when the disk is back, as its thread does.
-    fn reopen(&mut self) {
-        let lost = self.agent.shippers.iter().any(Shipper::lost_disk);
-        let back = !self.world.state().disks.iter().any(|disk| disk.gone);
-        if lost && back {
-            self.restart();
+    fn open_anew(&mut self, index: usize) {
+        if let Some(shipper) = self.agent.shippers[index].take() {
+            let mut protected = self.agent.protected.lock().unwrap();
+            let id = volume_id(index);
+            let at = protected.volumes.iter().position(|volume| volume.id() == id);
+            let volume = protected.volumes.swap_remove(at.expect("it is protected"));
+            drop(protected);
+            drop(shipper);
+            volume.close();
         }
+        self.attach(index);
     }
 
     fn check(&self) {
@@ -161,7 +245,7 @@ impl Rig {
         if self.compare_only {
             return;
         }
-        for volume in 0..self.agent.volumes.len() {
+        for volume in 0..self.agent.faces.len() {
             if let Some(image) = self.remote.image(volume)
                 && self.remote.is_sound(volume)
             {
@@ -201,7 +285,7 @@ impl Rig {
     /// took, or none if it takes longer than `limit`.
     pub fn exact_point(&mut self, limit: Duration) -> Option<Duration> {
         let begun = self.world.now();
-        let count = self.agent.volumes.len();
+        let count = self.agent.faces.len();
         while self.world.now() < begun + limit {
             let exact = (0..count).all(|volume| {
                 self.remote.manifests(volume).last().is_some_and(|manifest| {
@@ -232,22 +316,36 @@ impl Rig {
                 disk.gone = false;
             }
         }
+        for index in 0..self.agent.faces.len() {
+            if self.world.state().disks[index].shrunk_to.is_some() {
+                self.world.unshrink(index);
+            }
+        }
         self.remote.restart();
     }
 
     /// No more writes, no more faults.
     pub fn calm(&mut self) {
-        self.world.state().busy = 0;
+        (self.world.state().busy, self.world.state().kill_in) = (0, None);
         self.world.settle();
         self.remote.state().faults = Default::default();
         self.follow();
         self.note_give_ups();
     }
 
-    pub fn order(&mut self, what: OrderKind) -> OrderState {
+    /// The coordinator alone: how long until it has more to do.
+    pub fn coordinate(&mut self) -> Duration {
+        self.agent_step(self.agent.shippers.len())
+    }
+
+    pub fn take(&mut self, what: OrderKind) {
         self.number += 1;
         let order = Order { number: self.number, what };
         assert!(self.agent.orders.lock().unwrap().take(&order));
+    }
+
+    pub fn order(&mut self, what: OrderKind) -> OrderState {
+        self.take(what);
         for _ in 0..100_000 {
             self.round();
             let state = self.agent.orders.lock().unwrap().states()[&self.number].clone();
@@ -262,7 +360,7 @@ impl Rig {
     pub fn cut(&mut self) -> (String, bool) {
         match self.order(OrderKind::Cut) {
             OrderState::Done { result: OrderResult::Cut { point, exact } } => {
-                for volume in 0..self.agent.volumes.len() {
+                for volume in 0..self.agent.faces.len() {
                     let committed = self.remote.acknowledged_cut(volume).to_string();
                     assert_eq!(committed, point, "committed by all");
                 }
@@ -287,15 +385,46 @@ impl Rig {
         let differing = |volume: usize| {
             let theirs = self.remote.read(volume);
             let state = self.world.state();
+            assert_eq!(state.disks[volume].data.len(), theirs.len(), "seed {}", self.seed);
             let blocks = state.disks[volume].data.chunks(BLOCK).zip(theirs.chunks(BLOCK));
             blocks.enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| i).collect()
         };
-        (0..self.agent.volumes.len()).map(differing).collect()
+        (0..self.agent.faces.len()).map(differing).collect()
     }
 
     pub fn check_equal(&self) {
         let differing = self.differing();
         assert!(differing.iter().all(Vec::is_empty), "seed {}: {differing:?}", self.seed);
+    }
+
+    /// Disks grow while nothing else happens, but that the agent may be killed at it: what is sent
+    /// then is the new part, and nothing is compared.
+    pub fn grow_at_rest(&mut self, sectors: &[u64]) {
+        self.remote.count_sent();
+        let kills = self.kills;
+        let compares = |rig: &Self| rig.faces().map(|status| status.compares).sum::<u64>();
+        let before = compares(self);
+        let mut new_part = Vec::new();
+        for (index, sectors) in sectors.iter().enumerate() {
+            let first = self.world.state().disks[index].data.len() / BLOCK;
+            self.world.grow(index, *sectors);
+            let end = self.world.state().disks[index].data.len().div_ceil(BLOCK);
+            new_part.push(if *sectors > 0 { first as u64..end as u64 } else { 0..0 });
+        }
+        let behind = |disk: &DiskState| disk.pinned.bytes() < disk.data.len();
+        while self.world.state().disks.iter().any(behind) {
+            self.round();
+        }
+        self.calm();
+        let (point, is_exact) = self.cut();
+        assert!(is_exact, "quiet and connected: exact, {point}");
+        self.check_equal();
+        for (volume, new_part) in new_part.into_iter().enumerate() {
+            let sent: Vec<u64> = self.remote.sent(volume).into_iter().collect();
+            assert_eq!(sent, new_part.collect::<Vec<_>>(), "seed {}: {volume}", self.seed);
+        }
+        let due = if self.kills == kills { before } else { 0 };
+        assert_eq!(compares(self), due, "seed {}: nothing is to be compared", self.seed);
     }
 
     /// What the target has to do is done.
@@ -306,14 +435,9 @@ impl Rig {
 }
 
 impl Agent {
-    fn start(
-        world: &Arc<World>,
-        remote: &Arc<Remote>,
-        freezable: bool,
-        compare_only: bool,
-    ) -> Self {
+    /// A process that has attached nothing yet.
+    fn start(world: &Arc<World>) -> Self {
         let env: Arc<dyn Env> = world.clone();
-        let bell = Arc::new(Bell::default());
         let changed: Arc<dyn Fn() + Send + Sync> = Arc::new(|| {});
         let memory = Arc::new(Memory::new(0).unwrap());
         let orders = Arc::new(Mutex::new(Orders::default()));
@@ -325,37 +449,17 @@ impl Agent {
             server: SERVER,
             machine: MACHINE,
         });
-        let volume = |index: usize| {
-            let (bytes, marks) = {
-                let state = world.state();
-                let disk = &state.disks[index];
-                let fresh = || Arc::new(Marks::in_memory(disk.marks.blocks()));
-                (disk.data.len() as u64, if compare_only { fresh() } else { disk.marks.clone() })
-            };
-            let face = Arc::new(Face::new(volume_id(index), format!("v{index}"), changed.clone()));
-            face.update(|status| status.tracker = if compare_only { "compare" } else { "ebpf" });
-            let tracker = MemoryTracker { world: world.clone(), marks, index, freezable };
-            let disk = Box::new(MemoryDisk { world: world.clone(), index, queue: Vec::new() });
-            let shape = Shape::new(bytes, BLOCK as u32, &[]);
-            let path = format!("/dev/v{index}").into();
-            let tracker = Arc::new(tracker);
-            Arc::new(Volume::new(face, shape, tracker, compare_only, path, disk, bell.clone()))
-        };
         let count = world.state().disks.len();
-        let volumes: Vec<_> = (0..count).map(volume).collect();
-        let shipper = |(volume, of): (usize, &Arc<Volume>)| {
-            let dial = SimDial { remote: remote.clone(), volume };
-            Shipper::new(of.clone(), commons.clone(), Box::new(dial))
-        };
-        let shippers = volumes.iter().enumerate().map(shipper).collect();
-        let protected = Arc::new(Mutex::new(Protected {
-            faces: volumes.iter().map(|volume| volume.face.clone()).collect(),
-            volumes: volumes.clone(),
-            goal: GOAL,
-        }));
+        let face = |i| Arc::new(Face::new(volume_id(i), format!("v{i}"), changed.clone()));
+        let faces: Vec<_> = (0..count).map(face).collect();
+        let volumes = Vec::new();
+        let protected =
+            Arc::new(Mutex::new(Protected { faces: faces.clone(), volumes, goal: GOAL }));
         let freezer = Box::new(MemoryFreezer(world.clone()));
         let coordinator =
-            Coordinator::new(env, memory, freezer, protected, orders.clone(), changed);
-        Self { volumes, shippers, coordinator, orders }
+            Coordinator::new(env, memory, freezer, protected.clone(), orders.clone(), changed);
+        let shippers = (0..count).map(|_| None).collect();
+        let bell = Arc::new(Bell::default());
+        Self { faces, shippers, coordinator, orders, protected, commons, bell }
     }
 }

@@ -59,6 +59,33 @@ fn verify_finds_damage_and_nothing_else() {
 }
 
 #[test]
+fn a_verify_ends_when_the_target_stays_away() {
+    let mut rig = Rig::new(7, 1, 64, true);
+    rig.follow();
+    rig.remote.stays_away(Duration::from_secs(600));
+    let begun = rig.world.state().now;
+    let state = rig.order(OrderKind::Verify);
+    let OrderState::Failed { exit_code: 75, message } = state else { panic!("{state:?}") };
+    assert!(message.contains("no session with the target for 4 min"), "{message}");
+    assert!(rig.world.state().now < begun + Duration::from_secs(300));
+    rig.run_for(Duration::from_secs(600));
+    assert_eq!(rig.verify(), [0]);
+}
+
+/// The clock goes on while the coordinator works: a round that it has just begun must not wait
+/// until the coordinator would have looked anyway.
+#[test]
+fn an_ordered_cut_begins_at_once() {
+    let mut rig = Rig::new(9, 1, 64, true);
+    rig.follow();
+    rig.cut();
+    rig.world.state().now += Duration::from_millis(10);
+    assert!(rig.coordinate() > Duration::from_millis(100), "nothing is going on");
+    rig.take(OrderKind::Cut);
+    assert_eq!(rig.coordinate(), Duration::ZERO);
+}
+
+#[test]
 fn an_unreadable_block_makes_points_fuzzy_until_it_can_be_read() {
     let mut rig = Rig::new(3, 1, 64, true);
     rig.follow();

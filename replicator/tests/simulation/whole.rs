@@ -20,11 +20,20 @@ pub struct Totals {
     deaths: AtomicU64,
     stops: AtomicU64,
     damaged: AtomicU64,
+    grown: AtomicU64,
+    shrunk: AtomicU64,
+    set_backs: AtomicU64,
 }
 
 /// What a seed does.
 struct Plan {
     rng: Rng,
+    /// Its own for what follows, so that seeds without it are as they were before it was thought of.
+    rarer: Rng,
+    grows: u64,
+    shrinks: u64,
+    set_backs: u64,
+    garbled: u64,
     volumes: usize,
     blocks: usize,
     freezable: bool,
@@ -48,7 +57,13 @@ impl Plan {
             let value = values[rng.below(values.len() as u64) as usize];
             if rng.chance(percent) { value } else { 0 }
         };
+        let mut rarer = Rng(seed ^ 0x517e5);
         Self {
+            grows: some(&mut rarer, 40, &[1, 4]),
+            shrinks: some(&mut rarer, 15, &[2]),
+            set_backs: some(&mut rarer, 20, &[2, 5]),
+            garbled: some(&mut rarer, 15, &[30, 200]),
+            rarer,
             volumes: 1 + rng.below(3) as usize,
             blocks: if rng.chance(5) { 600 } else { 16 + rng.below(100) as usize },
             freezable: rng.chance(75),
@@ -97,7 +112,38 @@ impl Plan {
         if rng.chance(5) {
             rig.remote.state().faults.full = full;
         }
+        self.resize(rig);
+        if self.rarer.chance(self.set_backs) {
+            if self.rarer.chance(60) {
+                rig.remote.snapshot();
+            } else {
+                rig.remote.set_back();
+            }
+        }
     }
+
+    /// A disk grows, shrinks, or has its size back.
+    fn resize(&mut self, rig: &mut Rig) {
+        let rng = &mut self.rarer;
+        let index = rng.below(self.volumes as u64) as usize;
+        let shrunk = rig.world.state().disks[index].shrunk_to.is_some();
+        if shrunk && rng.chance(15) {
+            rig.world.unshrink(index);
+        } else if !shrunk && rng.chance(self.shrinks) {
+            rig.shrunk += 1;
+            rig.world.shrink(index);
+        } else if !shrunk && rng.chance(self.grows) {
+            rig.grown += 1;
+            let sectors = growth(rng);
+            rig.world.grow(index, sectors);
+        }
+    }
+}
+
+/// By how many sectors a disk grows: mostly a few blocks, and seldom whole ones.
+fn growth(rng: &mut Rng) -> u64 {
+    let most = if rng.chance(10) { 1200 } else { 60 };
+    1 + rng.below(most)
 }
 
 /// One run; the digest of all that happened in it.
@@ -109,10 +155,12 @@ pub fn run(seed: u64, totals: &Totals) -> u64 {
         (state.busy, state.missing) = (plan.busy, plan.missing);
         state.raw = plan.rng.chance(10);
     }
+    rig.kills_growing = if plan.kills > 0 { 50 } else { 0 };
     {
         let mut state = rig.remote.state();
         let (breaks, errors, rot) = (plan.breaks, plan.errors, plan.rot);
-        state.faults = crate::remote::Faults { breaks, errors, full: 0, rot };
+        let garbled = plan.garbled;
+        state.faults = crate::remote::Faults { breaks, garbled, errors, full: 0, rot };
     }
     for _ in 0..60 + plan.rng.below(140) {
         plan.act(&mut rig);
@@ -143,6 +191,13 @@ pub fn run(seed: u64, totals: &Totals) -> u64 {
         rig.remote.restart();
         rig.work_off();
         rig.check_equal();
+        let mut rests = || if plan.rarer.chance(30) { growth(&mut plan.rarer) } else { 0 };
+        let sectors: Vec<u64> = (0..plan.volumes).map(|_| rests()).collect();
+        if sectors.iter().any(|sectors| *sectors > 0) {
+            rig.grow_at_rest(&sectors);
+            rig.work_off();
+            rig.check_equal();
+        }
     }
     for volume in 0..plan.volumes {
         let manifests = rig.remote.manifests(volume);
@@ -156,6 +211,9 @@ pub fn run(seed: u64, totals: &Totals) -> u64 {
     add(&totals.compares, rig.faces().map(|status| status.compares).sum());
     add(&totals.deaths, rig.remote.state().deaths);
     add(&totals.stops, rig.remote.state().stops);
+    add(&totals.grown, rig.grown);
+    add(&totals.shrunk, rig.shrunk);
+    add(&totals.set_backs, rig.remote.state().set_backs);
     rig.world.trace()
 }
 
@@ -179,7 +237,7 @@ fn the_second_site_is_right_whatever_breaks() {
     let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
     println!(
         "exact {}, fuzzy {}, given up {}, compares {}, agents killed {}, target deaths {}, \
-         stopped volumes {}, ended by damage {}, {:?}",
+         stopped volumes {}, ended by damage {}, grown {}, shrunk {}, target set back {}, {:?}",
         of(&totals.exact),
         of(&totals.fuzzy),
         of(&totals.give_ups),
@@ -188,13 +246,17 @@ fn the_second_site_is_right_whatever_breaks() {
         of(&totals.deaths),
         of(&totals.stops),
         of(&totals.damaged),
+        of(&totals.grown),
+        of(&totals.shrunk),
+        of(&totals.set_backs),
         begun.elapsed()
     );
     if std::env::var_os("SECONDSITE_SEED").is_none()
         && std::env::var_os("SECONDSITE_SEEDS").is_none()
     {
         let all = [&totals.give_ups, &totals.compares, &totals.kills, &totals.deaths];
-        assert!(all.into_iter().all(|count| of(count) > 100), "the seeds reach all of it");
+        let all = all.into_iter().chain([&totals.grown, &totals.shrunk, &totals.set_backs]);
+        assert!({ all }.all(|count| of(count) > 100), "the seeds reach all of it");
         assert!(of(&totals.exact) > 2000 && of(&totals.fuzzy) > 300, "and make points");
         assert!(of(&totals.stops) > 10 && of(&totals.damaged) > 3, "and damage");
     }

@@ -2,16 +2,19 @@
 //! tracker does, a clock that moves only when asked; and the trace of all that happens.
 //!
 //! Every write has a stamp of its own in every sector, so that no two versions of a block are
-//! alike. The agent's process may be killed at any moment: it unwinds, and only marks stay.
+//! alike. The agent's process may be killed at any moment: it unwinds, and only marks stay. A disk
+//! may grow by any number of sectors; one that shrinks gets its size back with other content.
 
+use crate::pinned::{Pinned, PinnedSets};
 use secondsite::source::seams::{Batch, Disk, DiskError, Env, Freeze, Tracker};
 use secondsite_tracker::ebpf::Audit;
-use secondsite_tracker::marks::{BlockRun, Marks, MarksMemory};
-use secondsite_tracker::sync::Memory;
+use secondsite_tracker::grow::grow;
+use secondsite_tracker::header::Header;
+use secondsite_tracker::marks::{BlockRun, Marks};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use xxhash_rust::xxh3::Xxh3;
@@ -40,23 +43,6 @@ impl Rng {
 /// How a process that is killed unwinds.
 pub struct Killed;
 
-/// Marks that outlive the agent's process, as pinned maps do.
-pub struct Pinned([Arc<[AtomicU64]>; 4]);
-
-impl Pinned {
-    fn new(blocks: u64) -> Self {
-        let leaves = blocks.div_ceil(64) as usize;
-        let summary = leaves.div_ceil(64);
-        Self([64, leaves, summary, leaves].map(|words| (0..words).map(|_| 0.into()).collect()))
-    }
-
-    fn open(&self, blocks: u64) -> Arc<Marks> {
-        let [header, live, summary, taken] =
-            self.0.each_ref().map(|words| Memory::new(words.clone()));
-        Arc::new(Marks::open(blocks, MarksMemory { header, live, summary, taken }))
-    }
-}
-
 struct Write {
     run: BlockRun,
     /// None writes zeros.
@@ -67,7 +53,10 @@ struct Write {
 impl Write {
     fn land(&self, data: &mut [u8]) {
         for block in self.run.first..self.run.first + self.run.count {
-            put(&mut data[block as usize * BLOCK..][..BLOCK], block, self.stamp);
+            let start = block as usize * BLOCK;
+            // The last block of a disk may be a short one.
+            let end = (start + BLOCK).min(data.len());
+            put(&mut data[start..end], block, self.stamp);
         }
     }
 }
@@ -75,11 +64,15 @@ impl Write {
 /// A block's content: zero, or a byte throughout with stamp and place in each sector.
 fn put(data: &mut [u8], block: u64, stamp: Option<u64>) {
     let Some(stamp) = stamp else { return data.fill(0) };
-    data.fill(stamp as u8 | 1);
-    for (i, sector) in data.chunks_mut(512).enumerate() {
-        sector[..8].copy_from_slice(&stamp.to_le_bytes());
-        sector[8..16].copy_from_slice(&(block * 8 + i as u64).to_le_bytes());
+    for (i, bytes) in data.chunks_mut(512).enumerate() {
+        put_sector(bytes, block * 8 + i as u64, stamp);
     }
+}
+
+fn put_sector(bytes: &mut [u8], sector: u64, stamp: u64) {
+    bytes.fill(stamp as u8 | 1);
+    bytes[..8].copy_from_slice(&stamp.to_le_bytes());
+    bytes[8..16].copy_from_slice(&sector.to_le_bytes());
 }
 
 /// What all volumes were at one instant.
@@ -87,6 +80,13 @@ pub type Instant = Vec<Arc<Vec<u8>>>;
 
 pub struct DiskState {
     pub data: Vec<u8>,
+    /// Bytes that it has left while it is smaller than it was.
+    pub shrunk_to: Option<usize>,
+    /// The agent has seen that.
+    shrunk_seen: bool,
+    /// Its size when it was protected.
+    assigned: usize,
+    /// As the agent's process has them.
     pub marks: Arc<Marks>,
     writes: Vec<Write>,
     /// Writes that the tracker missed since its audit began anew.
@@ -94,7 +94,14 @@ pub struct DiskState {
     /// Blocks that fail to read.
     pub bad: BTreeSet<u64>,
     pub gone: bool,
-    pinned: Pinned,
+    pub pinned: Pinned,
+}
+
+impl DiskState {
+    /// Its size now, bytes.
+    pub fn bytes(&self) -> usize {
+        self.shrunk_to.unwrap_or(self.data.len())
+    }
 }
 
 pub struct State {
@@ -136,10 +143,13 @@ impl World {
                         put(block, i as u64, Some(rng.next() | 1 << 63));
                     }
                 }
-                let pinned = Pinned::new(blocks as u64);
+                let pinned = Pinned::fresh(data.len());
                 DiskState {
+                    assigned: data.len(),
+                    shrunk_to: None,
+                    shrunk_seen: false,
                     data,
-                    marks: pinned.open(blocks as u64),
+                    marks: pinned.open(),
                     pinned,
                     writes: Vec::new(),
                     missed: 0,
@@ -193,12 +203,74 @@ impl World {
         self.state().trace.digest()
     }
 
-    /// The agent's process begins: it finds what is pinned, and whoever froze has thawed.
+    /// The agent's process begins: whoever froze has thawed.
     pub fn agent_begins(&self) {
         let mut state = self.state();
         (state.frozen, state.in_agent, state.kill_in) = (false, false, None);
-        for disk in &mut state.disks {
-            disk.marks = disk.pinned.open(disk.data.len().div_ceil(BLOCK) as u64);
+    }
+
+    /// The agent attaches itself to a disk: it finds what is pinned, and makes it grow with the
+    /// disk. Bytes of the volume, or those that it had when it was larger.
+    pub fn attach(&self, index: usize) -> Result<usize, usize> {
+        let (header, bytes, assigned) = {
+            let state = self.state();
+            let disk = &state.disks[index];
+            (disk.pinned.header.clone(), disk.bytes(), disk.assigned)
+        };
+        self.note("attach", &[index as u64, bytes as u64]);
+        let mut sets = PinnedSets { world: self, index };
+        let Ok(extent) = grow(&mut sets, &header, BLOCK as u32, bytes as u64 / 512);
+        let marked = (extent.sectors << 9) as usize;
+        if marked > bytes {
+            Header::new(&header[..]).set_compare_due(true);
+        }
+        let before = marked.max(assigned);
+        let disk = &mut self.state().disks[index];
+        if before > bytes {
+            disk.shrunk_seen = true;
+            return Err(before);
+        }
+        disk.marks = disk.pinned.open();
+        Ok(bytes)
+    }
+
+    /// A disk grows by so many sectors, with content that nobody was seen to write.
+    pub fn grow(&self, index: usize, sectors: u64) {
+        self.note("grows", &[index as u64, sectors]);
+        let mut state = self.state();
+        let State { disks, rng, .. } = &mut *state;
+        let data = &mut disks[index].data;
+        for _ in 0..sectors {
+            let at = data.len();
+            data.resize(at + 512, 0);
+            if rng.chance(70) {
+                put_sector(&mut data[at..], at as u64 / 512, rng.next() | 1 << 63);
+            }
+        }
+    }
+
+    /// A disk loses what lies behind so many bytes, which are fewer than it was protected with.
+    pub fn shrink(&self, index: usize) {
+        let mut state = self.state();
+        let State { disks, rng, .. } = &mut *state;
+        let disk = &mut disks[index];
+        let sectors = rng.below(disk.assigned as u64 / 512 - 1) + 1;
+        disk.shrunk_to = Some(sectors as usize * 512);
+        drop(state);
+        self.note("shrinks", &[index as u64, sectors]);
+    }
+
+    /// It gets its size back. If anybody has seen it without, something else lies there now.
+    pub fn unshrink(&self, index: usize) {
+        self.note("has its size back", &[index as u64]);
+        let mut state = self.state();
+        let State { disks, rng, .. } = &mut *state;
+        let disk = &mut disks[index];
+        let seen = std::mem::take(&mut disk.shrunk_seen);
+        let Some(from) = disk.shrunk_to.take().filter(|_| seen) else { return };
+        let stamp = rng.next() | 1 << 63;
+        for (sector, bytes) in (from as u64 / 512..).zip(disk.data[from..].chunks_mut(512)) {
+            put_sector(bytes, sector, stamp);
         }
     }
 
@@ -213,9 +285,8 @@ impl World {
                 }
             }
             disk.missed = 0;
-            disk.pinned = Pinned::new(disk.marks.blocks());
-            disk.marks = disk.pinned.open(disk.marks.blocks());
-            disk.marks.set_compare_due(true);
+            disk.pinned = Pinned::fresh(disk.bytes());
+            disk.marks = disk.pinned.open();
         }
     }
 
@@ -251,10 +322,11 @@ impl World {
         let disk = &mut disks[rng.below(count) as usize];
         match rng.below(3) {
             0 if disk.writes.len() < 4 => {
-                let first = rng.below(disk.marks.blocks());
+                let blocks = disk.bytes().div_ceil(BLOCK) as u64;
+                let first = rng.below(blocks);
                 // Mostly small; now and then more than fits one frame.
-                let most = if rng.chance(5) { disk.marks.blocks() } else { 3 };
-                let count = (1 + rng.below(most)).min(disk.marks.blocks() - first);
+                let most = if rng.chance(5) { blocks } else { 3 };
+                let count = (1 + rng.below(most)).min(blocks - first);
                 let run = BlockRun { first, count };
                 *stamp += 1;
                 let stamp = (!rng.chance(20)).then_some(*stamp);
@@ -263,7 +335,7 @@ impl World {
                     disk.missed += 1;
                     write.land(&mut disk.data);
                 } else {
-                    disk.marks.mark(run);
+                    disk.pinned.mark(run);
                     disk.writes.push(write);
                 }
             }
@@ -276,7 +348,7 @@ impl World {
             _ => {
                 if let Some(i) = disk.writes.iter().position(|write| write.landed) {
                     let write = disk.writes.remove(i);
-                    disk.marks.mark(write.run);
+                    disk.pinned.mark(write.run);
                 }
             }
         }
@@ -289,7 +361,7 @@ impl World {
                 if !write.landed {
                     write.land(&mut disk.data);
                 }
-                disk.marks.mark(write.run);
+                disk.pinned.mark(write.run);
             }
         }
     }
@@ -301,14 +373,16 @@ impl World {
         if disk.missed > 0 || disk.marks.compare_due() {
             return;
         }
-        for (i, (ours, theirs)) in disk.data.chunks(BLOCK).zip(committed.chunks(BLOCK)).enumerate()
-        {
+        // What it has grown by is marked as soon as the agent has seen it, and zero at the target.
+        let seen = disk.bytes().min(disk.pinned.bytes());
+        for (i, ours) in disk.data[..seen].chunks(BLOCK).enumerate() {
+            let theirs = committed.get(i * BLOCK..i * BLOCK + 16).unwrap_or(&[0; 16]);
             let block = BlockRun { first: i as u64, count: 1 };
             let flying = disk.writes.iter().any(|write| {
                 (write.run.first..write.run.first + write.run.count).contains(&(i as u64))
             });
             // Stamp and place stand in front; the rest of a block follows from them.
-            let equal = ours[..16] == theirs[..16];
+            let equal = ours[..16] == *theirs;
             assert!(equal || flying || disk.marks.holds(block), "block {i} is lost");
         }
     }
@@ -316,7 +390,10 @@ impl World {
 
 impl Env for World {
     fn now(&self) -> Duration {
-        self.state().now
+        // As a real clock: no two looks see the same time.
+        let mut state = self.state();
+        state.now += Duration::from_nanos(1);
+        state.now
     }
     fn wall_ns(&self) -> u64 {
         self.state().now.as_nanos() as u64
@@ -335,23 +412,41 @@ impl Env for World {
 pub struct MemoryDisk {
     pub world: Arc<World>,
     pub index: usize,
+    /// Its size when it was opened.
+    pub bytes: usize,
     pub queue: Vec<Batch>,
 }
 
-impl Disk for MemoryDisk {
-    fn check(&mut self) -> Result<(), DiskError> {
+impl MemoryDisk {
+    fn present(&self) -> Result<(), DiskError> {
         if self.world.state().disks[self.index].gone {
             return Err(DiskError::Gone { path: "/dev/mem".into(), cause: "pulled".into() });
         }
         Ok(())
     }
+}
+
+impl Disk for MemoryDisk {
+    fn check(&mut self) -> Result<(), DiskError> {
+        self.present()?;
+        let now = self.world.state().disks[self.index].bytes() as u64;
+        let (path, before) = ("/dev/mem".into(), self.bytes as u64);
+        match now.cmp(&before) {
+            Ordering::Less => {
+                self.world.state().disks[self.index].shrunk_seen = true;
+                Err(DiskError::Shrunk { path, before, now })
+            }
+            Ordering::Greater => Err(DiskError::Grown { path, before, now }),
+            Ordering::Equal => Ok(()),
+        }
+    }
     fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
-        self.check()?;
+        self.present()?;
         self.queue.push(batch);
         Ok(())
     }
     fn wait(&mut self) -> Result<Batch, DiskError> {
-        self.check()?;
+        self.present()?;
         let any = self.world.state().rng.below(self.queue.len() as u64) as usize;
         let mut batch = self.queue.swap_remove(any);
         for piece in &batch.pieces {
@@ -361,7 +456,7 @@ impl Disk for MemoryDisk {
                 let state = self.world.state();
                 let disk = &state.disks[self.index];
                 let (from, len) = (piece.offset as usize + at, BLOCK.min(piece.bytes - at));
-                if disk.bad.contains(&((from / BLOCK) as u64)) {
+                if disk.bad.contains(&((from / BLOCK) as u64)) || from + len > disk.bytes() {
                     batch.unreadable.push((from as u64, len as u64));
                 }
                 batch.buffer.bytes_mut()[piece.at + at..piece.at + at + len]
@@ -401,6 +496,8 @@ impl Tracker for MemoryTracker {
             let disk = &state.disks[self.index];
             if !disk.writes.is_empty() {
                 Audit::Busy
+            } else if disk.bytes() != disk.pinned.bytes() {
+                Audit::Resized
             } else if disk.missed > 0 {
                 Audit::Gap(format!("{} writes", disk.missed))
             } else {

@@ -4,7 +4,7 @@
 //! Digests do not help here: a peer that lies computes the right digest over its lie. So bodies
 //! are damaged and given straight to their decoders.
 
-use crate::samples;
+use crate::{allocations, samples};
 use proptest::prelude::*;
 use secondsite_format::FormatError;
 use secondsite_format::extent::Content;
@@ -13,40 +13,13 @@ use secondsite_format::ids::VolumeId;
 use secondsite_format::limits;
 use secondsite_format::manifest::SignedManifest;
 use secondsite_format::message::{Hello, Message, Refusal, Reply, Request, Welcome};
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
-/// Remembers the largest single allocation of the thread.
-struct Watch;
-
-thread_local! {
-    static LARGEST: Cell<usize> = const { Cell::new(0) };
-}
-
-// SAFETY: every call goes on to the system's allocator unchanged; the thread-local is a plain cell
-// without a destructor, so that touching it never allocates.
-unsafe impl GlobalAlloc for Watch {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.set(LARGEST.get().max(layout.size()));
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static WATCH: Watch = Watch;
 
 /// Whatever is read takes at most this at once: a full frame payload, or a full frame body.
 const ALLOCATION_BYTES_MAX: usize = limits::FRAME_BODY_BYTES_MAX;
 
 /// Gives `body` to every decoder; returns the names of those that accepted it.
 fn decode_all(body: &[u8]) -> Vec<&'static str> {
-    LARGEST.set(0);
+    allocations::forget();
     let frame = |kind| Frame::new(FrameHeader::message(kind), body.to_vec());
     let mut accepted = Vec::new();
     let mut note = |name, ok: bool| accepted.extend(ok.then_some(name));
@@ -57,7 +30,8 @@ fn decode_all(body: &[u8]) -> Vec<&'static str> {
     note("request", Request::from_frame(&frame(FrameKind::Request)).is_ok());
     note("reply", Reply::from_frame(&frame(FrameKind::Reply)).is_ok());
     note("refusal", Refusal::from_frame(&frame(FrameKind::Refusal)).is_ok());
-    assert!(LARGEST.get() <= ALLOCATION_BYTES_MAX, "{} bytes were taken at once", LARGEST.get());
+    let largest = allocations::largest();
+    assert!(largest <= ALLOCATION_BYTES_MAX, "{largest} bytes were taken at once");
     accepted
 }
 
