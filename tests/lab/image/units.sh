@@ -39,8 +39,9 @@ done
 disk=$(readlink -f /dev/disk/by-id/virtio-a)
 dd if=/dev/urandom of="$disk" bs=1M count=16 oflag=direct status=none
 check "protect" secondsite protect lab --volumes "$disk" --rpo 10s --yes
-check "an exact point" timeout 300 secondsite cut lab --wait --yes
-check "verify: the replica is the disk" timeout 300 secondsite verify lab --yes
+check "the agent may pin" await 60 sh -c 'ls /sys/fs/bpf/secondsite/*/*/link_queue0'
+check "an exact point" timeout 90 secondsite cut lab --wait --yes
+check "verify: the replica is the disk" timeout 90 secondsite verify lab --yes
 
 declare -A before=()
 for unit in "${units[@]}"; do
@@ -54,4 +55,4 @@ for unit in "${units[@]}"; do
     check "the watchdog ended $unit" sh -c "journalctl -u $unit | grep 'Watchdog timeout'"
 done
 dd if=/dev/urandom of="$disk" bs=1M count=1 seek=20 oflag=direct status=none
-check "an exact point after that" timeout 300 secondsite cut lab --wait --yes
+check "an exact point after that" timeout 90 secondsite cut lab --wait --yes
