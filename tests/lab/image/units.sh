@@ -28,6 +28,8 @@ check "PostgreSQL answers" await 60 runuser -u postgres -- psql -Atc 'SELECT 1'
 
 check "users and folders" sh -c 'systemd-sysusers && systemd-tmpfiles --create secondsite.conf'
 mkdir -p /srv/secondsite
+# The store lies in the guest's memory, with less free than is kept by default.
+printf '[target]\nreserve = "64MiB"\n' >/etc/secondsite/conf.d/20-lab.toml
 check "setup" secondsite setup --store /srv/secondsite --listen 127.0.0.1:7443 --yes
 token=$(secondsite token --json --yes | sed -n 's/.*"token": *"\([^"]*\)".*/\1/p')
 check "join" secondsite join 127.0.0.1:7443 --token "$token" --name lab --yes
