@@ -206,7 +206,7 @@ fn what_a_newer_version_wrote_is_named_and_left_alone() {
     std::fs::write(volumes.join(id("1")).join("replica.img"), [7; 4096]).unwrap();
     let before = files(&volumes.join(id("1")));
     let target = Daemon::start(&dr, "target");
-    target.says("STATUS=0 of 2 volumes connected, 1 stopped");
+    target.says("0 of 2 volumes connected, 1 stopped");
     assert!(files(&volumes.join(id("1"))) == before, "the target changed what it could not read");
     let until = Instant::now() + PATIENCE;
     while !volumes.join(id("2")).join("state.json").exists() {

@@ -1,6 +1,7 @@
 //! A second site in a temporary folder, and its daemons as real processes on loopback.
 
 use serde_json::Value;
+use std::cell::RefCell;
 use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -76,6 +77,8 @@ impl Site {
 pub struct Daemon {
     pub child: Child,
     notify: UnixDatagram,
+    /// The newest STATUS that init was told; one comes with READY.
+    status: RefCell<String>,
 }
 
 impl Daemon {
@@ -97,7 +100,7 @@ impl Daemon {
             .env("WATCHDOG_USEC", "1000000")
             .stdout(Stdio::null());
         change(&mut command);
-        let daemon = Self { child: command.spawn().unwrap(), notify };
+        let daemon = Self { child: command.spawn().unwrap(), notify, status: RefCell::default() };
         daemon.told("READY=1");
         daemon
     }
@@ -107,10 +110,13 @@ impl Daemon {
         self.hears(what, |line| line == what);
     }
 
-    /// Waits until init was told something that begins so.
+    /// Waits until the newest status that init was told begins so.
     #[allow(dead_code, reason = "not every test file uses it")]
-    pub fn says(&self, start: &str) {
-        self.hears(start, |line| line.starts_with(start));
+    pub fn says(&self, status: &str) {
+        let start = format!("STATUS={status}");
+        if !self.status.borrow().starts_with(&start) {
+            self.hears(&start, |line| line.starts_with(&start));
+        }
     }
 
     fn hears(&self, what: &str, is_it: impl Fn(&str) -> bool) {
@@ -119,6 +125,9 @@ impl Daemon {
         while Instant::now() < until {
             let count = self.notify.recv(&mut buffer).expect("the daemon talks to init");
             let text = String::from_utf8_lossy(&buffer[..count]);
+            if let Some(status) = text.lines().rfind(|line| line.starts_with("STATUS=")) {
+                self.status.replace(status.into());
+            }
             if text.lines().any(&is_it) {
                 return;
             }
