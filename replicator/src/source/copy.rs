@@ -26,8 +26,9 @@ const FLUSH_EVERY_BYTES: u64 = 512 << 20;
 /// A first copy under way.
 pub struct Copy {
     sync: SyncId,
-    /// Sent up to here, durable up to there, since when.
+    /// Sent up to here.
     sent: u64,
+    /// Asked to be durable up to here, and when.
     at: u64,
     flushed: Duration,
     seq: u32,
