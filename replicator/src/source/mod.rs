@@ -9,6 +9,7 @@ mod attach;
 mod backoff;
 pub mod budget;
 pub mod buffers;
+mod collect;
 mod compare;
 pub mod coordinator;
 mod copy;

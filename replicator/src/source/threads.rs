@@ -67,6 +67,14 @@ impl Signer for IdentitySigner {
     }
 }
 
+struct NoFilter;
+
+impl crate::source::seams::Cutter for NoFilter {
+    fn cut(&mut self, _: &[VolumeId]) -> Result<u64, String> {
+        Err("no filter".into())
+    }
+}
+
 /// How a volume's thread is to end.
 #[derive(Default)]
 struct Ending {
@@ -137,6 +145,7 @@ impl Runner {
             self.clock.clone(),
             self.memory.clone(),
             Box::new(freezer),
+            Box::new(NoFilter),
             self.protected.clone(),
             self.orders.clone(),
             self.changed.clone(),

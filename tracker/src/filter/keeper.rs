@@ -167,7 +167,7 @@ impl Keeper {
             // Out of the cut layer: its copies were published before, and the writes that wait for
             // it are submitted after.
             shared.marks().cut_forget(copy.run);
-        } else if !ok && copy.flip == flip {
+        } else if !ok && copy.flip == flip && shared.marks().cut_holds(copy.run) {
             shared.fall(flip, FAILED);
         }
         std::mem::take(&mut self.waiting)
@@ -185,7 +185,7 @@ impl Keeper {
         let limit = if first < memory { memory } else { all };
         let mut found = 0;
         while found < count && first + found < limit && shared.is_free(first + found) {
-            shared.reserve(first + found);
+            shared.take_slot(first + found);
             found += 1;
         }
         self.next_slot = first + found;
