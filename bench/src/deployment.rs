@@ -89,6 +89,7 @@ impl Deployment {
             tracker: TrackerChoice::Ebpf,
             block_bytes: BLOCK_BYTES,
             excluded: Vec::new(),
+            reserve: None,
         };
         source.assign(AgentAssignment {
             version: 1,

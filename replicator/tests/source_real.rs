@@ -134,6 +134,7 @@ impl Site {
             tracker: self.tracker,
             block_bytes: 4096,
             excluded: Vec::new(),
+            reserve: None,
         };
         source.assign(AgentAssignment {
             version: 1,
