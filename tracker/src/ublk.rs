@@ -11,7 +11,8 @@ pub mod backing;
 pub mod control;
 pub mod device;
 mod discard;
-mod gate;
+#[doc(hidden)]
+pub mod gate;
 mod memory;
 mod preserve;
 mod queue;

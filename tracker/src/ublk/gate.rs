@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+#[derive(Default)]
 pub struct Gate;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
