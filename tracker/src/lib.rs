@@ -8,6 +8,7 @@
 pub mod bitmap;
 pub mod device;
 pub mod ebpf;
+pub mod filter;
 pub mod freeze;
 #[doc(hidden)]
 pub mod grow;

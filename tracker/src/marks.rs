@@ -5,10 +5,10 @@
 //! it says was begun. A bit leaves the live bitmap only into taken, and leaves taken only back
 //! into live or because the target has committed the very cut that took it.
 
-use crate::bitmap::{Bitmaps, leaf_words, summary_words};
+use crate::bitmap::{Bitmaps, Turn, leaf_words, summary_words};
 use crate::header::{CutSlot, HEADER_WORDS, Header, State};
 use crate::sync::{Memory, Word};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 /// A run of blocks.
@@ -40,6 +40,19 @@ pub struct Marks<W = AtomicU64> {
     leaves_first: AtomicBool,
     /// One taker and one writer of the header at a time.
     changing: Mutex<()>,
+    /// Behind a filter: the flip whose cut the filter gave up (one word, which it stores).
+    fallen: Option<Memory<W>>,
+    /// The flip of the cut that stands; 0 until this process has heard of it.
+    flip: AtomicU64,
+}
+
+/// What a filter's marks have besides: the other live bitmap, whose turn it is, and what fell.
+#[doc(hidden)]
+pub struct FilterMemory<W> {
+    pub live: Memory<W>,
+    pub summary: Memory<W>,
+    pub turn: Turn<W>,
+    pub fallen: Memory<W>,
 }
 
 /// The memory of one volume's marks.
@@ -71,16 +84,39 @@ impl<W: Word> Marks<W> {
     /// Marks over existing memory: all zero, or left behind by a process that was killed.
     #[doc(hidden)]
     pub fn open(blocks: u64, memory: MarksMemory<W>) -> Self {
-        let MarksMemory { header, live, summary, taken } = memory;
-        let marks = Self {
-            bitmaps: Bitmaps::new(blocks, live, summary, taken),
-            header,
-            leaves_first: AtomicBool::new(true),
-            changing: Mutex::new(()),
-        };
+        let marks = Self::view(blocks, memory, None);
         marks.header().set_blocks(blocks);
         marks.finish();
         marks
+    }
+
+    /// Marks behind a filter, over existing memory, as their agent opens them.
+    #[doc(hidden)]
+    pub fn open_filtered(blocks: u64, memory: MarksMemory<W>, filter: FilterMemory<W>) -> Self {
+        let marks = Self::view(blocks, memory, Some(filter));
+        marks.finish();
+        marks
+    }
+
+    /// Over the same memory as another process that has them open, and changes the cut: this one
+    /// only marks.
+    #[doc(hidden)]
+    pub fn view(blocks: u64, memory: MarksMemory<W>, filter: Option<FilterMemory<W>>) -> Self {
+        let MarksMemory { header, live, summary, taken } = memory;
+        let mut bitmaps = Bitmaps::new(blocks, live, summary, taken);
+        let mut fallen = None;
+        if let Some(filter) = filter {
+            bitmaps = bitmaps.with_second(filter.live, filter.summary, filter.turn);
+            fallen = Some(filter.fallen);
+        }
+        Self {
+            bitmaps,
+            header,
+            leaves_first: AtomicBool::new(true),
+            changing: Mutex::new(()),
+            fallen,
+            flip: AtomicU64::new(0),
+        }
     }
 
     /// Number of blocks of the volume.
@@ -91,7 +127,52 @@ impl<W: Word> Marks<W> {
     /// The current cut.
     pub fn cut(&self) -> Cut {
         let cut = self.header().cut();
-        Cut { epoch: cut.epoch, cut_id: cut.cut_id, stands: cut.state == State::Stands }
+        let stands = cut.state == State::Stands && !self.has_fallen();
+        Cut { epoch: cut.epoch, cut_id: cut.cut_id, stands }
+    }
+
+    /// Whether the filter has given up the cut that flipped, and lets writes through unpreserved.
+    fn has_fallen(&self) -> bool {
+        let flip = self.flip.load(Relaxed);
+        let fallen = |word: &Memory<W>| word[0].load(Ordering::SeqCst) == flip;
+        flip != 0 && self.fallen.as_ref().is_some_and(fallen)
+    }
+
+    /// The cut that stands was made, with this flip of the filter's group.
+    pub fn flipped(&self, flip: u64) {
+        self.flip.store(flip, Relaxed);
+    }
+
+    /// The flip of the cut that stands, as this process knows it; 0 before it.
+    pub fn flip(&self) -> u64 {
+        self.flip.load(Relaxed)
+    }
+
+    /// Runs of the cut layer from a block on, of at most `blocks_max` blocks; where to go on.
+    pub fn cut_runs(&self, from: u64, blocks_max: u64, out: &mut Vec<BlockRun>) -> u64 {
+        self.bitmaps.cut_runs(from, blocks_max, out)
+    }
+
+    /// The content of these blocks at the flip was read. Appends those for which that is so: of
+    /// the others the filter has kept a copy meanwhile, and what was read may be newer.
+    pub fn cut_done(&self, run: BlockRun, out: &mut Vec<BlockRun>) {
+        self.bitmaps.cut_done(run, out);
+    }
+
+    /// Whether a block of the run is in the cut layer.
+    #[inline]
+    pub(crate) fn cut_holds(&self, run: BlockRun) -> bool {
+        self.bitmaps.cut_holds(run)
+    }
+
+    /// The filter has published copies of these blocks.
+    pub(crate) fn cut_forget(&self, run: BlockRun) {
+        self.bitmaps.cut_forget(run);
+    }
+
+    /// Whether every block of the cut layer is done. Scans leaves.
+    pub fn cut_is_clear(&self) -> bool {
+        self.bitmaps.cut_is_clear()
     }
 
     /// Begins a cut. Panics unless the taken bitmap is clear in full and no other cut stands.
@@ -100,6 +181,7 @@ impl<W: Word> Marks<W> {
         let cut = self.header().cut();
         assert!(cut.state != State::Stands, "begin: the cut of epoch {} stands", cut.epoch);
         assert!(self.bitmaps.taken_is_clear(), "begin: the taken bitmap is not clear");
+        self.flip.store(0, Relaxed);
         self.header().set_cut(CutSlot { epoch, cut_id, state: State::Stands, ..cut });
     }
 
