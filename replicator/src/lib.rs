@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod filter;
 pub mod inventory;
 pub mod machine;
 pub mod metrics;

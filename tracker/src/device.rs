@@ -4,7 +4,7 @@
 //! because writes reach the disk by a way that the tracker does not see, and names the device to
 //! choose instead.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -110,6 +110,15 @@ impl Device {
         (self.major, self.minor) != (self.disk.0, self.disk.1)
     }
 
+    /// Numbers and kernel names of all that it lies on: itself, its disk, and what is below those
+    /// by device-mapper or md.
+    pub fn lies_on(&self) -> BTreeMap<(u32, u32), String> {
+        let mut below = BTreeMap::new();
+        add_with_slaves(&self.sysfs(), &mut below, 0);
+        add_with_slaves(&self.disk_sysfs(), &mut below, 0);
+        below
+    }
+
     /// Its own folder in sysfs.
     pub(crate) fn sysfs(&self) -> PathBuf {
         sysfs_of(self.major, self.minor)
@@ -197,6 +206,23 @@ fn add_with_holders(sysfs: &Path, numbers: &mut BTreeSet<(u32, u32)>, depth: usi
         for holder in folders_in(&sysfs.join("holders")) {
             add_with_holders(&holder, numbers, depth + 1);
         }
+    }
+}
+
+fn add_with_slaves(sysfs: &Path, found: &mut BTreeMap<(u32, u32), String>, depth: usize) {
+    // Resolved: the folder above a partition's is its disk's.
+    let Ok(sysfs) = fs::canonicalize(sysfs) else { return };
+    if let Some(number) = number_of(&sysfs) {
+        found.insert(number, name_of(&sysfs));
+    }
+    if depth == STACK_DEPTH_MAX {
+        return;
+    }
+    if let (true, Some(disk)) = (sysfs.join("partition").exists(), sysfs.parent()) {
+        add_with_slaves(disk, found, depth + 1);
+    }
+    for slave in folders_in(&sysfs.join("slaves")) {
+        add_with_slaves(&slave, found, depth + 1);
     }
 }
 

@@ -17,3 +17,4 @@ pub mod header;
 pub mod marks;
 #[doc(hidden)]
 pub mod sync;
+pub mod ublk;

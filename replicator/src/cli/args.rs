@@ -49,6 +49,8 @@ pub enum Command {
     Target(LogArgs),
     /// Run the agent in the foreground
     Replicate(LogArgs),
+    /// Run the filter in the write path in the foreground, or show it
+    Filter(FilterArgs),
     /// Make a one-time token for a machine that is to join
     Token(TokenArgs),
     /// Make this server known to control; nothing is replicated yet
@@ -90,6 +92,32 @@ pub struct LogArgs {
         default_value = "auto"
     )]
     pub log_format: LogFormat,
+}
+
+/// `filter`.
+#[derive(Debug, Args)]
+pub struct FilterArgs {
+    /// Show the volumes of the filter that runs
+    #[arg(long)]
+    pub status: bool,
+    /// Folder for its own tmpfs [default: filter below the folder of sockets]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// List of volumes that outlives a reboot [default: filter/volumes below the state]
+    #[arg(long, value_name = "FILE")]
+    pub list: Option<PathBuf>,
+    /// Say one line to the filter that runs, and print what it answers
+    #[arg(long, value_name = "LINE", hide = true)]
+    pub ask: Option<String>,
+    /// It lies in its own tmpfs already
+    #[arg(long, hide = true)]
+    pub in_place: bool,
+    /// New devices fail what was on its way when a server died
+    #[arg(long, hide = true)]
+    pub no_reissue: bool,
+    /// Queues of new devices
+    #[arg(long, value_name = "N", hide = true)]
+    pub queues: Option<u16>,
 }
 
 /// `setup`.

@@ -80,6 +80,7 @@ fn run(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Control(log) => daemon::control::run(&context.paths, log.log_format),
         Command::Target(log) => daemon::target::run(&context.paths, log.log_format),
         Command::Replicate(log) => daemon::replicate::run(&context.paths, log.log_format),
+        Command::Filter(args) => crate::filter::run(context, &args),
         Command::Token(args) => token::run(context, &args),
         Command::Join(args) => join::run(context, &args),
         Command::Protect(args) => protect::protect(context, &args),

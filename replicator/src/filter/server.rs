@@ -1,0 +1,437 @@
+//! The server: carries the requests of every volume in the list until it ends or is ended.
+//!
+//! What is left of the server before is taken over first, then new volumes are added, then those
+//! are taken out that shall go. A volume that cannot be had does not keep the others from being
+//! served. A device that exists is served whatever happens to its backing device: without one its
+//! requests fail, as they would below.
+
+use super::say::say;
+use super::socket::{Heard, Speaker};
+use super::volumes::{self, Entry, VOLUMES_MAX, Wish};
+use super::{Places, keeper, locked, unavailable};
+use crate::cli::args::FilterArgs;
+use crate::cli::failure::{Exit, Failure};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use secondsite_tracker::device::Device;
+use secondsite_tracker::ublk::abi::{DeviceInfo, STATE_DEAD};
+use secondsite_tracker::ublk::device::{is_ours, mark_of, node_of};
+use secondsite_tracker::ublk::gate::Gate;
+use secondsite_tracker::ublk::{Backing, Control, Options, Served, UblkError, Volume};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Where stable names are.
+const NAMES: &str = "/dev/secondsite";
+/// How long a backing device may be busy when a device is taken over: the ring of the server before
+/// holds it until its last request has come back.
+const BUSY_PATIENCE: Duration = Duration::from_secs(30);
+const BUSY_POLL: Duration = Duration::from_millis(1);
+/// How often a device that is not there yet is looked for.
+const MISSING_POLL: Duration = Duration::from_secs(1);
+
+/// What became of an entry.
+struct Slot {
+    entry: Entry,
+    served: Option<Served>,
+    /// `served`, or what is wrong.
+    state: String,
+    /// Worth another start when its backing device can be had.
+    missing: bool,
+}
+
+/// A server from its start to its end.
+pub(super) struct Server<'a> {
+    places: &'a Places,
+    control: Control,
+    slots: Vec<Slot>,
+    reserves: BTreeMap<PathBuf, Arc<Backing>>,
+}
+
+/// Runs a server; comes back when it shall end, be it for good or for the next one.
+pub(super) fn run(
+    places: &Places,
+    args: &FilterArgs,
+    listener: &OwnedFd,
+    say_ready: OwnedFd,
+) -> Result<(), Failure> {
+    locked::process()?;
+    let _lock = keeper::server_lock(places)?;
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(|error| Failure::new(Exit::Failed, format!("filter: signals: {error}")))?;
+    let entries = volumes::read(&places.list_here())
+        .map_err(|why| Failure::new(Exit::Config, format!("filter: {why}")))?;
+    let control = Control::open().map_err(unavailable)?;
+    let mut server = Server { places, control, slots: Vec::new(), reserves: BTreeMap::new() };
+    let options = Options { reissue: !args.no_reissue, queues: args.queues };
+    server.start(entries, options)?;
+    // Nobody reads it after the first: no keeper, or one that knows.
+    let _ = nix::unistd::write(&say_ready, &[1]);
+    drop(say_ready);
+
+    let mut speaker = Speaker::new(listener);
+    loop {
+        let wait = server.slots.iter().any(|slot| slot.missing).then_some(MISSING_POLL);
+        match speaker.listen(&signals, wait, |line| server.answer(line)) {
+            Heard::Signal | Heard::Change => return Ok(()),
+            Heard::Nothing => {
+                let missing = server.slots.iter().filter(|slot| slot.missing);
+                let mut found = missing.filter(|slot| Backing::open(&slot.entry.backing).is_ok());
+                if found.next().is_some() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// A queue cannot go on: the next server can.
+fn queue_failed(why: &str) {
+    say(&format!("a queue ended: {why}"));
+    // SAFETY: ends the process; its threads and rings end with it.
+    unsafe { libc::_exit(Exit::Failed as i32) }
+}
+
+impl Server<'_> {
+    fn start(&mut self, entries: Vec<Entry>, options: Options) -> Result<(), Failure> {
+        let failed = |error: &dyn std::fmt::Display| {
+            Failure::new(Exit::Failed, format!("filter: list the devices of ublk: {error}"))
+        };
+        let all = self.control.devices().map_err(|error| failed(&error))?;
+        let mut ours: BTreeMap<u64, DeviceInfo> = BTreeMap::new();
+        for info in all.into_iter().filter(is_ours) {
+            if info.state == STATE_DEAD {
+                // Left by a server that died before it was started, or while it was removed.
+                let deleted = self.control.delete(info.dev_id);
+                deleted.map_err(|error| failed(&error))?;
+            } else {
+                ours.insert(info.ublksrv_flags, info);
+            }
+        }
+        // First those that somebody waits for.
+        let (old, new): (Vec<_>, Vec<_>) =
+            entries.into_iter().partition(|entry| ours.contains_key(&mark_of(&entry.id)));
+        for entry in old {
+            if let Some(info) = ours.remove(&mark_of(&entry.id)) {
+                let slot = self.recover(entry, &info);
+                self.slots.push(slot);
+            }
+        }
+        for info in ours.values() {
+            say(&format!("/dev/ublkb{} is in no list; nobody serves it", info.dev_id));
+        }
+        for entry in new {
+            if entry.wish == Wish::Serve {
+                let slot = self.add(entry, options);
+                self.slots.push(slot);
+            }
+        }
+        self.take_out();
+        self.slots.sort_by(|one, other| one.entry.id.cmp(&other.entry.id));
+        for slot in self.slots.iter().filter(|slot| slot.state != "served") {
+            say(&format!("volume {}: {}", slot.entry.id, slot.state));
+        }
+        Ok(())
+    }
+
+    /// Takes a device over. It is served in any case.
+    fn recover(&mut self, entry: Entry, info: &DeviceInfo) -> Slot {
+        let end = Instant::now() + BUSY_PATIENCE;
+        let backing = loop {
+            match Backing::open(&entry.backing) {
+                Err(error) if error.errno == libc::EBUSY && Instant::now() < end => {
+                    std::thread::sleep(BUSY_POLL);
+                }
+                opened => break opened,
+            }
+        };
+        let backing = backing.map_err(|error| error.to_string()).and_then(|backing| {
+            let noted = fs::read_to_string(self.note_of(&entry.id)).unwrap_or_default();
+            if noted == identity(backing.device()) {
+                Ok(backing)
+            } else {
+                Err(format!("{} is another device than it was", entry.backing.display()))
+            }
+        });
+        let (backing, mut state) = match backing {
+            Ok(backing) => (Some(Arc::new(backing)), "served".to_string()),
+            Err(why) => (None, format!("every request fails: {why}")),
+        };
+        let volume = self.volume(&entry, backing, &mut state);
+        let served = match Served::recover(&mut self.control, &volume, info, queue_failed) {
+            Ok(served) => Some(served),
+            Err(error) => {
+                state = error.to_string();
+                None
+            }
+        };
+        if served.is_some()
+            && let Err(error) = self.name(&entry.name, info.dev_id)
+        {
+            state = format!("served, without a name: {error}");
+        }
+        Slot { entry, served, state, missing: false }
+    }
+
+    fn add(&mut self, entry: Entry, options: Options) -> Slot {
+        let backing = match Backing::open(&entry.backing) {
+            Ok(backing) => backing,
+            Err(error) => {
+                return Slot { entry, served: None, state: error.to_string(), missing: true };
+            }
+        };
+        let note = identity(backing.device());
+        let mut state = "served".to_string();
+        let volume = self.volume(&entry, Some(Arc::new(backing)), &mut state);
+        let (path, names) = (self.note_of(&entry.id), self.places.dir.join("names"));
+        let line = format!("SECONDSITE_NAME={}\n", entry.name);
+        // Both are there before the block device is: the next server, and udev, read them.
+        let named = move |number: u32| {
+            volumes::write_file(&path, note.as_bytes())?;
+            volumes::write_file(&names.join(format!("ublkb{number}")), line.as_bytes())
+        };
+        for folder in ["devices", "names"] {
+            if let Err(error) = fs::create_dir_all(self.places.dir.join(folder)) {
+                say(&format!("create {folder}: {error}"));
+            }
+        }
+        match Served::add(&mut self.control, &volume, options, queue_failed, named) {
+            Ok(served) => {
+                if let Err(error) = self.name(&entry.name, served.number) {
+                    state = format!("served, without a name: {error}");
+                }
+                Slot { entry, served: Some(served), state, missing: false }
+            }
+            Err(error) => Slot { entry, served: None, state: error.to_string(), missing: false },
+        }
+    }
+
+    fn volume(
+        &mut self,
+        entry: &Entry,
+        backing: Option<Arc<Backing>>,
+        state: &mut String,
+    ) -> Volume {
+        let reserve = entry.reserve.as_ref().and_then(|path| match self.reserves.get(path) {
+            Some(reserve) => Some(reserve.clone()),
+            None => match Backing::open(path) {
+                Ok(reserve) => {
+                    let reserve = Arc::new(reserve);
+                    self.reserves.insert(path.clone(), reserve.clone());
+                    Some(reserve)
+                }
+                Err(error) => {
+                    *state = format!("{state}, without its reserve: {error}");
+                    None
+                }
+            },
+        });
+        Volume { id: entry.id.clone(), backing, reserve, gate: Arc::new(Gate::default()) }
+    }
+
+    /// Takes out what shall go and is used by nobody; the rest stays, and says why.
+    fn take_out(&mut self) {
+        let mut changed = false;
+        let mut slots = std::mem::take(&mut self.slots);
+        slots.retain_mut(|slot| {
+            if slot.entry.wish == Wish::Serve {
+                return true;
+            }
+            changed = true;
+            slot.entry.wish = Wish::Serve;
+            let Some(served) = &slot.served else { return true };
+            let number = served.number;
+            let held = match hold(number) {
+                Ok(held) => held,
+                Err(why) => {
+                    slot.state = format!("served, cannot be taken out: {why}");
+                    return true;
+                }
+            };
+            let _ = fs::remove_file(Path::new(NAMES).join(&slot.entry.name));
+            let _ = fs::remove_file(self.places.dir.join(format!("names/ublkb{number}")));
+            drop(held);
+            let removed = slot.served.take().map(|served| served.remove(&mut self.control));
+            if let Some(Err(error)) = removed {
+                say(&format!("remove /dev/ublkb{number}: {error}"));
+            }
+            let _ = fs::remove_file(self.note_of(&slot.entry.id));
+            false
+        });
+        self.slots = slots;
+        if changed {
+            let entries: Vec<_> = self.slots.iter().map(|slot| slot.entry.clone()).collect();
+            if let Err(why) = self.write(&entries) {
+                say(&why);
+            }
+        }
+    }
+
+    fn write(&self, entries: &[Entry]) -> Result<(), String> {
+        let (list, here) = (&self.places.list, self.places.list_here());
+        let folder = list.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(folder)
+            .and_then(|()| volumes::write(list, entries))
+            .map_err(|error| format!("write {}: {error}", list.display()))?;
+        volumes::write(&here, entries).map_err(|error| format!("write {}: {error}", here.display()))
+    }
+
+    /// Where it is noted, until the next boot, which device a volume writes to.
+    fn note_of(&self, id: &str) -> PathBuf {
+        self.places.dir.join("devices").join(id)
+    }
+
+    /// Makes the stable name point to the device.
+    fn name(&self, name: &str, number: u32) -> io::Result<()> {
+        fs::create_dir_all(NAMES)?;
+        let (link, new) = (Path::new(NAMES).join(name), Path::new(NAMES).join(format!(".{name}")));
+        let to = format!("../ublkb{number}");
+        if fs::read_link(&link).is_ok_and(|old| old == Path::new(&to)) {
+            return Ok(());
+        }
+        let _ = fs::remove_file(&new);
+        symlink(to, &new)?;
+        fs::rename(new, link)
+    }
+
+    /// Answers a line; true if the next server has to go on.
+    fn answer(&mut self, line: &str) -> (Vec<String>, bool) {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let one = |text: String| (vec![text], false);
+        match words.as_slice() {
+            ["hello"] => {
+                one(format!("hello {} {}", env!("CARGO_PKG_VERSION"), std::process::id()))
+            }
+            ["list"] => {
+                let mut lines: Vec<_> = self.slots.iter().map(shown).collect();
+                lines.push("end".into());
+                (lines, false)
+            }
+            ["add", rest @ ..] => match self.accept(rest) {
+                Ok(()) => (vec!["changed".into()], true),
+                Err(why) => one(format!("failed {why}")),
+            },
+            ["remove", id] => match self.let_go(id) {
+                Ok(()) => (vec!["changed".into()], true),
+                Err(why) => one(format!("failed {why}")),
+            },
+            _ => one("failed not understood".into()),
+        }
+    }
+
+    /// Takes a new volume into the list, if it can be served.
+    fn accept(&mut self, words: &[&str]) -> Result<(), String> {
+        let entry = Entry::parse(words)?;
+        let mut entries: Vec<_> = self.slots.iter().map(|slot| slot.entry.clone()).collect();
+        if entries.len() >= VOLUMES_MAX {
+            return Err(format!("there are {VOLUMES_MAX} volumes already"));
+        }
+        for other in &entries {
+            let same = [
+                (other.id == entry.id || mark_of(&other.id) == mark_of(&entry.id), "id"),
+                (other.name == entry.name, "name"),
+                (other.backing == entry.backing, "backing device"),
+            ];
+            if let Some((_, what)) = same.iter().find(|(same, _)| *same) {
+                return Err(format!("volume {} has this {what}", other.id));
+            }
+        }
+        let text = |error: UblkError| error.to_string();
+        let backing = Backing::open(&entry.backing).map_err(text)?;
+        on_no_filter(&entry.backing, backing.device(), &BTreeSet::new())?;
+        if let Some(path) = &entry.reserve {
+            let opened;
+            let reserve = match self.reserves.get(path) {
+                Some(reserve) => reserve.device(),
+                None => {
+                    let devices = entries.iter().map(|other| &other.backing);
+                    let mut filtered: BTreeSet<_> = devices
+                        .filter_map(|path| Device::open(path).ok())
+                        .map(|device| (device.major, device.minor))
+                        .collect();
+                    filtered.insert((backing.device().major, backing.device().minor));
+                    let device = Device::open(path).map_err(|error| error.to_string())?;
+                    on_no_filter(path, &device, &filtered)?;
+                    opened = Backing::open(path).map_err(text)?;
+                    opened.device()
+                }
+            };
+            on_no_filter(path, reserve, &BTreeSet::new())?;
+        }
+        entries.push(entry);
+        self.write(&entries)
+    }
+
+    fn let_go(&mut self, id: &str) -> Result<(), String> {
+        let slot = self.slots.iter().find(|slot| slot.entry.id == id);
+        let slot = slot.ok_or_else(|| format!("no volume {id}"))?;
+        if let Some(served) = &slot.served {
+            drop(hold(served.number)?);
+        }
+        let wish = |entry: &Entry| match (entry.id == id, &slot.served) {
+            (false, _) => Some(entry.clone()),
+            (true, Some(_)) => Some(Entry { wish: Wish::Remove, ..entry.clone() }),
+            (true, None) => None,
+        };
+        let entries: Vec<_> = self.slots.iter().filter_map(|slot| wish(&slot.entry)).collect();
+        self.write(&entries)
+    }
+}
+
+/// Refuses what lies on a filter, or on what one of ours writes to.
+fn on_no_filter(
+    path: &Path,
+    device: &Device,
+    filtered: &BTreeSet<(u32, u32)>,
+) -> Result<(), String> {
+    for (number, name) in device.lies_on() {
+        if name.starts_with("ublkb") || filtered.contains(&number) {
+            return Err(format!("{} lies on a filtered device (/dev/{name})", path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// A device by what does not change while the machine runs.
+fn identity(device: &Device) -> String {
+    let disk = format!("{} {}", device.diskseq, device.disk_offset_bytes);
+    format!("{}:{} {disk} {}\n", device.major, device.minor, device.size_bytes)
+}
+
+/// Holds a filter's block device, if nobody else does.
+fn hold(number: u32) -> Result<fs::File, String> {
+    let node = node_of(number);
+    let opened = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+        .open(&node);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::EBUSY) => {
+            let mounts = Device::open(&node).ok().and_then(|device| device.mounts().ok());
+            match mounts.and_then(|mounts| mounts.into_iter().next()) {
+                Some(mount) => {
+                    format!("{} is mounted on {}", node.display(), mount.path.display())
+                }
+                None => format!("{} is in use", node.display()),
+            }
+        }
+        _ => format!("hold {}: {error}", node.display()),
+    })
+}
+
+fn shown(slot: &Slot) -> String {
+    let device = match &slot.served {
+        Some(served) => node_of(served.number).display().to_string(),
+        None => "-".into(),
+    };
+    format!("volume {} {device} {}", slot.entry.words(), slot.state)
+}
