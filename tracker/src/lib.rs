@@ -7,12 +7,14 @@
 #[doc(hidden)]
 pub mod bitmap;
 pub mod device;
+pub mod dm;
 pub mod ebpf;
 pub mod freeze;
 #[doc(hidden)]
 pub mod grow;
 #[doc(hidden)]
 pub mod header;
+mod locked;
 pub mod marks;
 #[doc(hidden)]
 pub mod sync;
