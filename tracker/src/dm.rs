@@ -13,7 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
-use table::Buffer;
+pub(crate) use table::Buffer;
 
 /// Where device-mapper is asked.
 pub const CONTROL: &str = "/dev/mapper/control";
@@ -302,11 +302,6 @@ impl Control {
     pub fn remove(&self, number: Number) -> Result<(), DmError> {
         let mut header = Header::new(number.encoded(), 0);
         call(self.as_raw_fd(), DEV_REMOVE, &mut header).map_err(fails("remove", number))
-    }
-
-    /// A second descriptor for the same.
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        self.0.try_clone().map(Self)
     }
 }
 

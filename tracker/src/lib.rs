@@ -2,7 +2,8 @@
 //!
 //! [`marks`] holds the bitmaps and the cut that stands; [`ebpf`] marks from beside the write path;
 //! [`grow`] follows a volume that becomes larger;
-//! [`freeze`] holds file systems still for a cut; [`device`] says which device it is.
+//! [`freeze`] holds file systems still for a cut; [`device`] says which device it is; [`splice`] puts
+//! a filter under a device-mapper volume that is in use, and says whether anybody writes beside it.
 
 #[doc(hidden)]
 pub mod bitmap;
@@ -16,5 +17,6 @@ pub mod grow;
 pub mod header;
 mod locked;
 pub mod marks;
+pub mod splice;
 #[doc(hidden)]
 pub mod sync;

@@ -41,7 +41,7 @@ pub(crate) fn start(
         }
         pid => {
             drop(theirs);
-            match receive(&ours) {
+            match receive(ours.as_raw_fd()) {
                 Ok([READY, 0, _]) => Ok((pid, ours)),
                 other => {
                     wait_for_end(pid);
@@ -66,14 +66,12 @@ pub(crate) fn wait_for_end(pid: libc::pid_t) {
     }
 }
 
-/// Waits for the child's next message. Allocates nothing. An error: the child is gone.
-pub(crate) fn receive(socket: &OwnedFd) -> io::Result<Message> {
+/// Waits for the next message. Allocates nothing. An error: the other end is gone.
+pub(crate) fn receive(socket: RawFd) -> io::Result<Message> {
     let mut message: Message = [0; 3];
     loop {
         // SAFETY: `message` is valid for MESSAGE_BYTES, and any bytes are a message.
-        let length = unsafe {
-            libc::recv(socket.as_raw_fd(), message.as_mut_ptr().cast(), MESSAGE_BYTES, 0)
-        };
+        let length = unsafe { libc::recv(socket, message.as_mut_ptr().cast(), MESSAGE_BYTES, 0) };
         match length {
             -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
             -1 => return Err(io::Error::last_os_error()),

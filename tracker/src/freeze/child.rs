@@ -83,7 +83,7 @@ pub(super) fn send(socket: &OwnedFd, order: Order, fds: &[RawFd]) -> io::Result<
 
 /// Waits for the child's answer. Allocates nothing. An error: the child is gone.
 pub(super) fn receive(socket: &OwnedFd) -> io::Result<Answer> {
-    match locked::receive(socket)? {
+    match locked::receive(socket.as_raw_fd())? {
         [FROZEN, ..] => Ok(Answer::Frozen),
         [FAILED, index, errno] => Ok(Answer::Failed { index: index as usize, errno: errno as i32 }),
         [THAWED, nanos, intact] => {
