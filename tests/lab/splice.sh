@@ -16,3 +16,34 @@ for test in in_and_out_under_a_writer a_mounted_file_system_stays_whole each_ste
     check "${test//_/ }" in_the_lab "$test"
     note_lines '^-- ' | sed 's/^-- -- /-- /'
 done
+
+# The same content three times: a volume, the device below it, and a disk that is marked or not.
+b=$(readlink -f /dev/disk/by-id/virtio-b)
+mkdir -p /run/udev/rules.d /run/secondsite/filtered
+cp packaging/udev/59-secondsite-filtered.rules /run/udev/rules.d/
+mkfs.ext4 -q -F -L payroll "$b"
+blockdev --flushbufs "$b"
+for name in v secondsite-t1-below; do
+    dmsetup create --noudevsync "$name" --table "0 65536 linear $b 0"
+done
+properties() { # properties DEVICE: what udev makes of an event of it
+    udevadm test --action=change "/sys/class/block/$(basename "$(readlink -f "$1")")" 2>/dev/null
+}
+dmsetup mknodes
+is_linked() { properties "$1" | grep '^DEVLINKS=.*by-label/payroll'; }
+is_hidden() {
+    properties "$1" >/run/properties
+    cat /run/properties
+    ! grep -E 'by-label|by-uuid|^ID_FS' /run/properties && grep -qx 'SYSTEMD_READY=0' /run/properties &&
+        grep -qx 'UDISKS_IGNORE=1' /run/properties && grep -qx 'DM_UDEV_DISABLE_OTHER_RULES_FLAG=1' /run/properties
+}
+check "udev: the volume keeps its links" is_linked /dev/mapper/v
+check "udev: the device below has none" is_hidden /dev/mapper/secondsite-t1-below
+check "udev: a disk has its links" is_linked "$b"
+mark=/run/secondsite/filtered/$(cat "/sys/class/block/${b##*/}/dev")
+touch "$mark"
+check "udev: a marked disk has none by content" is_hidden "$b"
+has_its_id() { properties "$b" | grep '^DEVLINKS=.*by-id/virtio-b'; }
+check "udev: a marked disk keeps those by hardware" has_its_id
+dmsetup remove --noudevsync v
+dmsetup remove --noudevsync secondsite-t1-below

@@ -17,12 +17,14 @@
 
 mod beside;
 mod child;
+mod hide;
 mod lvm;
 mod rules;
 
 pub use beside::{Lead, Through, Verdict, Written, leads_through};
 #[doc(hidden)]
 pub use child::Hook;
+pub use hide::{HIDDEN_DIR, hide, show};
 pub use rules::Refusal;
 
 use crate::device::{Device, DeviceError, folders_in, name_of, number_of, sysfs_of};

@@ -7,7 +7,7 @@ mod real;
 
 use real::{Aligned, BLOCK, Random, folder, open_direct, run};
 use secondsite_tracker::device::Device;
-use secondsite_tracker::dm::{Control, Number};
+use secondsite_tracker::dm::{Control, Number, Params, Target};
 use secondsite_tracker::splice::{
     Below, Change, Hook, Lead, PAUSE_MAX, Refusal, SpliceError, Splicer, Through, Verdict, Written,
     describe, leads_through,
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// Set in the helper: its note's folder, then the volume.
 const HELPER: &str = "TRACKER_SPLICE_HELPER";
-const SECTORS: u64 = 65536;
+const SECTORS: u64 = 32768;
 /// Longer than anything here takes.
 const SOON: Duration = Duration::from_secs(20);
 const ID: &str = "t1";
@@ -41,53 +41,84 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
     start.elapsed()
 }
 
-/// A device of device-mapper, made by dmsetup; removed when dropped.
-struct Dm(&'static str);
+/// A device of device-mapper; removed when dropped.
+struct Dm {
+    number: Number,
+}
 
 impl Dm {
-    fn new(name: &'static str, table: &str) -> Self {
-        let made = Self(name);
-        run("dmsetup", &["create", "--noudevsync", name, "--table", table]);
-        run("dmsetup", &["mknodes", name]);
+    /// Lines of the table: start, length, kind, and what that wants to know.
+    fn new(name: &str, table: &str) -> Self {
+        let made = Self { number: control().create(name, "").unwrap().number };
+        made.replace(table);
         made
     }
 
     fn volume() -> Self {
-        let a = disk("a");
+        let a = number("a");
+        let half = SECTORS / 2;
         // The second piece begins before the first and at an odd sector.
-        Self::new("v", &format!("0 40000 linear {a} 100001\n40000 25536 linear {a} 2049"))
+        Self::new("v", &format!("0 {half} linear {a} 100001\n{half} {half} linear {a} 2049"))
     }
 
     fn path(&self) -> PathBuf {
-        Path::new("/dev/mapper").join(self.0)
-    }
-
-    fn number(&self) -> Number {
-        let device = Device::open(&self.path()).unwrap();
-        Number { major: device.major, minor: device.minor }
+        format!("/dev/dm-{}", self.number.minor).into()
     }
 
     fn is_suspended(&self) -> bool {
-        Control::open().unwrap().status(self.number()).unwrap().suspended
+        control().status(self.number).unwrap().suspended
     }
 
-    fn table(&self) -> String {
-        run("dmsetup", &["table", self.0])
+    fn targets(&self) -> Vec<Target> {
+        control().table(self.number).unwrap().targets
     }
 
     fn replace(&self, table: &str) {
-        run("dmsetup", &["load", self.0, "--table", table]);
-        run("dmsetup", &["resume", "--noudevsync", self.0]);
+        self.load(table);
+        control().resume(self.number).unwrap();
+    }
+
+    fn load(&self, table: &str) {
+        let targets: Vec<_> = table.lines().map(target).collect();
+        control().load(self.number, &targets).unwrap();
+    }
+
+    /// As it was, and nothing half done.
+    fn has_exactly(&self, targets: &[Target]) -> bool {
+        let status = control().status(self.number).unwrap();
+        self.targets() == targets && !status.suspended && !status.has_loaded_table
     }
 }
 
 impl Drop for Dm {
     fn drop(&mut self) {
-        let _ = Command::new("dmsetup").args(["clear", self.0]).output();
-        let _ = Command::new("dmsetup").args(["resume", "--noudevsync", self.0]).output();
-        let args = ["remove", "--noudevsync", "--retry", self.0];
-        let _ = Command::new("dmsetup").args(args).output();
+        let _ = control().clear(self.number);
+        let _ = control().resume(self.number);
+        let start = Instant::now();
+        while control().remove(self.number).is_err_and(|error| error.is_busy()) {
+            if start.elapsed() > SOON {
+                return eprintln!("{} stays", self.path().display());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
+}
+
+fn control() -> Control {
+    Control::open().unwrap()
+}
+
+fn number(serial: &str) -> Number {
+    let device = Device::open(Path::new(&disk(serial))).unwrap();
+    Number { major: device.major, minor: device.minor }
+}
+
+fn target(line: &str) -> Target {
+    let mut words = line.splitn(4, ' ');
+    let mut word = || words.next().unwrap_or_default();
+    let (start, sectors) = (word().parse().unwrap(), word().parse().unwrap());
+    let (kind, params) = (word().into(), Params::new(word().into()));
+    Target { start_sectors: start, sectors, kind, params }
 }
 
 /// In the filter's place.
@@ -204,7 +235,7 @@ fn seed() -> u64 {
 /// In, and out, and in; returns the longest pause of the volume.
 fn in_and_out(splicer: &mut Splicer, volume: &Dm, rounds: u32, between: impl Fn()) -> Duration {
     let (path, mut longest) = (volume.path(), Duration::ZERO);
-    let table = volume.table();
+    let table = volume.targets();
     for _ in 0..rounds {
         let below = splicer.prepare(&path, ID).unwrap();
         let front = front(&below);
@@ -217,7 +248,7 @@ fn in_and_out(splicer: &mut Splicer, volume: &Dm, rounds: u32, between: impl Fn(
         longest = longest.max(pause);
         drop(front);
         splicer.remove_below(ID).unwrap();
-        assert_eq!(volume.table(), table);
+        assert!(volume.has_exactly(&table));
         between();
     }
     longest
@@ -228,7 +259,7 @@ fn in_and_out(splicer: &mut Splicer, volume: &Dm, rounds: u32, between: impl Fn(
 fn in_the_lab_in_and_out_under_a_writer() {
     let folder = folder();
     let mut splicer = Splicer::start(folder.path()).unwrap();
-    let (a, b) = (disk("a"), disk("b"));
+    let (a, b) = (number("a"), number("b"));
     let key = "07".repeat(32);
     let tables = [
         ("two pieces", 20, Dm::volume as fn() -> Dm, String::new()),
@@ -313,7 +344,6 @@ fn in_the_lab_each_step_may_be_repeated() {
     let mut splicer = Splicer::start(folder.path()).unwrap();
     let volume = Dm::volume();
     let path = volume.path();
-    let through = Path::new("/dev/mapper/secondsite-front");
     assert_eq!(refused(splicer.take_out(&path, ID, PAUSE_MAX)), Refusal::NotPrepared);
     let below = splicer.prepare(&path, ID).unwrap();
     assert_eq!(splicer.prepare(&path, ID).unwrap(), below);
@@ -322,15 +352,15 @@ fn in_the_lab_each_step_may_be_repeated() {
     assert_eq!(describe(&below.node).unwrap().hash(), describe(&path).unwrap().hash());
 
     let front = front(&below);
-    made(splicer.insert(&path, ID, through, PAUSE_MAX));
-    assert_eq!(splicer.insert(&path, ID, through, PAUSE_MAX).unwrap(), Change::Already);
-    assert_eq!(splicer.prepare(&path, ID).unwrap().through, Some(front.number()));
+    made(splicer.insert(&path, ID, &front.path(), PAUSE_MAX));
+    assert_eq!(splicer.insert(&path, ID, &front.path(), PAUSE_MAX).unwrap(), Change::Already);
+    assert_eq!(splicer.prepare(&path, ID).unwrap().through, Some(front.number));
     assert_ne!(describe(&below.node).unwrap().hash(), describe(&path).unwrap().hash());
     // Under another name it would be a second one.
     assert!(matches!(refused(splicer.prepare(&path, "t2")), Refusal::AlreadyThrough(_)));
     // A process that was started later finds it as well.
     let mut other = Splicer::start(&folder.path().join("other")).unwrap();
-    assert_eq!(other.prepare(&path, ID).unwrap().through, Some(front.number()));
+    assert_eq!(other.prepare(&path, ID).unwrap().through, Some(front.number));
     assert!(other.remove_below(ID).is_err(), "it is in use");
 
     made(other.take_out(&path, ID, PAUSE_MAX));
@@ -345,7 +375,7 @@ fn in_the_lab_each_step_may_be_repeated() {
 fn in_the_lab_what_cannot_be_spliced_is_refused() {
     let folder = folder();
     let mut splicer = Splicer::start(&folder.path().join("note")).unwrap();
-    let (a, b) = (disk("a"), disk("b"));
+    let (a, b) = (number("a"), number("b"));
     let kinds = [
         ("snapshot-origin", format!("0 {SECTORS} snapshot-origin {a}")),
         ("snapshot", format!("0 {SECTORS} snapshot {a} {b} N 8")),
@@ -355,26 +385,26 @@ fn in_the_lab_what_cannot_be_spliced_is_refused() {
     ];
     for (kind, table) in &kinds {
         // A store of another kind is none.
-        real::range_ioctl(&open_direct(Path::new(&b), true), real::ZERO_OUT, 0, 1 << 20);
+        real::range_ioctl(&open_direct(Path::new(&disk("b")), true), real::ZERO_OUT, 0, 1 << 20);
         let volume = Dm::new("v", table);
-        let before = volume.table();
+        let before = volume.targets();
         match refused(splicer.prepare(&volume.path(), ID)) {
             Refusal::SharedState { kind: found, .. } => assert_eq!(&found, kind),
             other => panic!("{kind}: {other}"),
         }
-        assert_eq!(volume.table(), before);
+        assert!(volume.has_exactly(&before));
     }
-    assert_eq!(refused(splicer.prepare(Path::new(&a), ID)), Refusal::NotDeviceMapper);
+    assert_eq!(refused(splicer.prepare(Path::new(&disk("a")), ID)), Refusal::NotDeviceMapper);
 
     let volume = Dm::volume();
     let path = volume.path();
     assert!(matches!(refused(splicer.prepare(&path, "a/b")), Refusal::Name(_)));
-    run("dmsetup", &["load", "v", "--table", &format!("0 {SECTORS} error")]);
+    volume.load(&format!("0 {SECTORS} error"));
     assert_eq!(refused(splicer.prepare(&path, ID)), Refusal::BeingChanged);
-    run("dmsetup", &["clear", "v"]);
+    control().clear(volume.number).unwrap();
     run("dmsetup", &["suspend", "v"]);
     assert_eq!(refused(splicer.prepare(&path, ID)), Refusal::BeingChanged);
-    run("dmsetup", &["resume", "--noudevsync", "v"]);
+    control().resume(volume.number).unwrap();
 
     let node = path.to_str().unwrap();
     run("mkswap", &[node]);
@@ -400,7 +430,7 @@ fn in_the_lab_what_cannot_be_spliced_is_refused() {
     assert!(Control::open().unwrap().find("secondsite-t1-below").unwrap().is_none());
     let below = splicer.prepare(&path, ID).unwrap();
     // In the filter's place: too small, too large, with larger blocks, on the volume itself.
-    let sizes = [(below.sectors - 8, below.number), (below.sectors, volume.number())];
+    let sizes = [(below.sectors - 8, below.number), (below.sectors, volume.number)];
     for (sectors, over) in sizes {
         let front = Dm::new("secondsite-front", &format!("0 {sectors} linear {over} 0"));
         let refusal = refused(splicer.insert(&path, ID, &front.path(), PAUSE_MAX));
@@ -423,13 +453,13 @@ fn in_the_lab_another_table_is_noticed() {
     let mut splicer = Splicer::start(folder.path()).unwrap();
     let volume = Dm::volume();
     let path = volume.path();
-    let old = volume.table();
+    let a = number("a");
     let below = splicer.prepare(&path, ID).unwrap();
     let filter = front(&below);
     assert!(Through::open(&path, &filter.path()).unwrap().is_none(), "not spliced yet");
     made(splicer.insert(&path, ID, &filter.path(), PAUSE_MAX));
     let mut through = Through::open(&path, &filter.path()).unwrap().unwrap();
-    let ours = volume.table();
+    let ours = format!("0 {SECTORS} linear {} 0", filter.number);
     let looks = 1000;
     let start = Instant::now();
     for _ in 0..looks {
@@ -439,10 +469,10 @@ fn in_the_lab_another_table_is_noticed() {
     // The same table once more, suspended, resumed: all the time through the filter.
     volume.replace(&ours);
     run("dmsetup", &["suspend", "v"]);
-    run("dmsetup", &["resume", "--noudevsync", "v"]);
+    control().resume(volume.number).unwrap();
     assert_eq!(through.look(), Lead::Through);
 
-    volume.replace(&old);
+    volume.replace(&format!("0 {SECTORS} linear {a} 100001"));
     assert_eq!(through.look(), Lead::Replaced);
     // Put back, it leads through again; what was written in between was not seen.
     volume.replace(&ours);
@@ -453,7 +483,7 @@ fn in_the_lab_another_table_is_noticed() {
     volume.replace(&format!(
         "0 {} linear {} 0\n{} 8 zero",
         SECTORS - 8,
-        filter.number(),
+        filter.number,
         SECTORS - 8
     ));
     assert_eq!(through.look(), Lead::Replaced);
@@ -466,10 +496,7 @@ fn in_the_lab_another_table_is_noticed() {
     assert_eq!(through.look(), Lead::Gone);
     // Another device by the same name and number is none of ours.
     let another = Dm::new("v2", &ours);
-    println!(
-        "-- number given again: {}",
-        another.number() == below.number || another.path().exists()
-    );
+    assert_eq!(another.path(), path);
     assert_eq!(through.look(), Lead::Gone);
     drop((another, filter));
     splicer.remove_below(ID).unwrap();
@@ -513,10 +540,10 @@ fn in_the_lab_writes_beside_the_filter_are_counted() {
 fn in_the_lab_a_slow_disk_is_not_waited_for() {
     let folder = folder();
     let mut splicer = Splicer::start(folder.path()).unwrap();
-    let slow = Dm::new("slow", &format!("0 {SECTORS} delay {0} 0 0 {0} 0 2000", disk("a")));
-    let volume = Dm::new("v", &format!("0 {SECTORS} linear {} 0", slow.number()));
+    let slow = Dm::new("slow", &format!("0 {SECTORS} delay {0} 0 0 {0} 0 2000", number("a")));
+    let volume = Dm::new("v", &format!("0 {SECTORS} linear {} 0", slow.number));
     let path = volume.path();
-    let old = volume.table();
+    let old = volume.targets();
     let below = splicer.prepare(&path, ID).unwrap();
     let filter = front(&below);
     let start = Instant::now();
@@ -539,9 +566,7 @@ fn in_the_lab_a_slow_disk_is_not_waited_for() {
     let held = since.elapsed();
     assert!(start.elapsed() < Duration::from_millis(1900), "the write is over: proves nothing");
     assert!(held >= limit, "{held:?}");
-    assert!(!volume.is_suspended());
-    assert_eq!(volume.table(), old);
-    assert!(run("dmsetup", &["info", "v"]).contains("LIVE\n"), "nothing is loaded");
+    assert!(volume.has_exactly(&old));
     writer.join().unwrap();
     made(splicer.insert(&path, ID, &filter.path(), limit));
     made(splicer.take_out(&path, ID, limit));
@@ -594,15 +619,8 @@ impl Helper {
 
     /// Guard and swapper.
     fn children(&self) -> (String, Option<String>) {
-        let of = |pid: &str| {
-            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-            let children = tasks.map(|task| {
-                std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default()
-            });
-            children.collect::<String>().split_whitespace().next().map(String::from)
-        };
-        let guard = of(&self.process.id().to_string()).expect("no guard");
-        let swapper = of(&guard);
+        let guard = child_of(&self.process.id().to_string()).expect("no guard");
+        let swapper = child_of(&guard);
         (guard, swapper)
     }
 
@@ -610,6 +628,15 @@ impl Helper {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
+}
+
+/// A process has at most one child here; any of its threads may have forked it.
+fn child_of(pid: &str) -> Option<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let children = tasks.map(|task| {
+        std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default()
+    });
+    children.collect::<String>().split_whitespace().next().map(String::from)
 }
 
 impl Drop for Helper {
@@ -637,9 +664,11 @@ fn helper() {
             // Its device nodes are the host's, in their place.
             splicer.prepare(volume, ID).map(|_| "prepared".to_string())
         } else {
-            let through = Path::new("/dev/mapper/secondsite-front");
-            let limit = Duration::from_millis(line.parse().unwrap());
-            splicer.insert(volume, ID, through, limit).map(|change| format!("{change:?}"))
+            let (limit, through) = line.split_once(' ').unwrap();
+            let limit = Duration::from_millis(limit.parse().unwrap());
+            splicer
+                .insert(volume, ID, Path::new(through), limit)
+                .map(|change| format!("{change:?}"))
         };
         println!("={}", said.unwrap_or_else(|error| error.to_string()));
     }
@@ -664,16 +693,17 @@ fn in_the_lab_nobodys_death_leaves_it_suspended() {
     let mut splicer = Splicer::start(&folder.path().join("own")).unwrap();
     let volume = Dm::volume();
     let path = volume.path();
-    let old = volume.table();
+    let old = volume.targets();
     let below = splicer.prepare(&path, ID).unwrap();
     let filter = front(&below);
     let limit = 700;
+    let order = format!("{limit} {}", filter.path().display());
 
     // The swapper dies between suspend and resume; nothing happens to it; its guard dies.
     for who in ["swapper", "nobody", "guard"] {
         let mut helper = Helper::start(&note, &path, "stand-still");
         let start = Instant::now();
-        helper.order(&limit.to_string());
+        helper.order(&order);
         until("suspended", || volume.is_suspended());
         assert!(note.join("suspended").exists(), "nothing is noted");
         let write = write_in_background(&path);
@@ -696,17 +726,16 @@ fn in_the_lab_nobodys_death_leaves_it_suspended() {
             assert!(since_kill < Duration::from_millis(limit), "only by its time: {since_kill:?}");
             assert!(answer.contains("died"), "{answer}");
         }
-        assert_eq!(volume.table(), old);
-        assert!(run("dmsetup", &["info", "v"]).contains("LIVE\n"), "nothing is loaded");
+        assert!(volume.has_exactly(&old));
         assert_eq!(note.join("suspended").exists(), who == "guard");
         if who == "guard" {
-            assert!(helper.ask("700").contains("died"));
+            assert!(helper.ask(&order).contains("died"));
         }
     }
 
     // All of them at once: the guard is stopped first, so that it cannot act.
     let mut helper = Helper::start(&note, &path, "stand-still");
-    helper.order(&limit.to_string());
+    helper.order(&order);
     until("suspended", || volume.is_suspended());
     let write = write_in_background(&path);
     let (guard, _) = helper.children();
@@ -718,17 +747,16 @@ fn in_the_lab_nobodys_death_leaves_it_suspended() {
     let next = Splicer::start(&note).unwrap();
     assert_eq!(next.resumed(), ["v"]);
     write.join().unwrap();
-    assert_eq!(volume.table(), old);
-    assert!(run("dmsetup", &["info", "v"]).contains("LIVE\n"), "nothing is loaded");
+    assert!(volume.has_exactly(&old));
     assert!(!note.join("suspended").exists());
 
     // A note of another device by that name is not obeyed.
-    std::fs::write(note.join("suspended"), format!("{}\0LVM-x\0v\0", volume.number())).unwrap();
+    std::fs::write(note.join("suspended"), format!("{}\0LVM-x\0v\0", volume.number)).unwrap();
     run("dmsetup", &["suspend", "v"]);
     drop(next);
     let next = Splicer::start(&note).unwrap();
     assert!(next.resumed().is_empty() && volume.is_suspended());
-    run("dmsetup", &["resume", "--noudevsync", "v"]);
+    control().resume(volume.number).unwrap();
 
     drop((volume, filter));
     splicer.remove_below(ID).unwrap();
@@ -741,50 +769,44 @@ fn in_the_lab_a_swapper_killed_at_any_moment_changes_all_or_nothing() {
     let folder = folder();
     let note = folder.path().join("note");
     let mut splicer = Splicer::start(&folder.path().join("own")).unwrap();
-    let volume = Dm::volume();
+    // Slow enough for the kill to come while it waits.
+    let slow = Dm::new("slow", &format!("0 {SECTORS} delay {0} 0 0 {0} 0 20", number("a")));
+    let volume = Dm::new("v", &format!("0 {SECTORS} linear {} 0", slow.number));
     let path = volume.path();
-    let old = volume.table();
+    let old = volume.targets();
     let below = splicer.prepare(&path, ID).unwrap();
     let filter = front(&below);
-    let new = format!("0 {SECTORS} linear {} 0", filter.number());
+    let new = [Target::linear_over(filter.number, SECTORS)];
     let (mut done, mut undone) = (0, 0);
     let mut helper = Helper::start(&note, &path, "as-it-is");
+    let guard = helper.children().0;
+    let order = format!("1000 {}", filter.path().display());
     let seed = seed();
     let mut random = Random(seed);
     Load::during(&path, SECTORS / 8, seed, |load| {
         for _ in 0..rounds(30) {
-            helper.order("1000");
-            let start = Instant::now();
-            let wait = Duration::from_micros(random.below(12_000));
-            let mut swapper = None;
-            while start.elapsed() < SOON && swapper.is_none() {
-                swapper = helper.children().1;
-                // It may have been too quick to be seen.
-                if volume.table() == new {
-                    break;
-                }
-            }
+            let wait = Duration::from_micros(random.below(30_000));
+            helper.order(&order);
+            let swapper = std::iter::repeat_with(|| child_of(&guard)).find_map(|child| child);
             std::thread::sleep(wait);
-            if let Some(swapper) = swapper {
-                let _ = Command::new("kill").args(["-9", &swapper]).stderr(Stdio::null()).status();
-            }
+            // SAFETY: a signal to a process that this test has started; there are no others.
+            unsafe { libc::kill(swapper.unwrap().parse().unwrap(), libc::SIGKILL) };
             let answer = helper.answer();
-            assert!(!volume.is_suspended());
             assert!(!note.join("suspended").exists());
             if answer.starts_with("Made") {
-                assert_eq!(volume.table(), new);
+                assert!(volume.has_exactly(&new));
                 made(splicer.take_out(&path, ID, PAUSE_MAX));
                 done += 1;
             } else {
                 assert!(answer.contains("died"), "{answer}");
                 undone += 1;
             }
-            assert_eq!(volume.table(), old);
-            load.more();
+            assert!(volume.has_exactly(&old));
         }
+        load.more();
     });
     println!("-- killed at random: {done} changes made, {undone} undone, every block as written");
-    drop((volume, filter, helper));
+    drop((volume, slow, filter, helper));
     splicer.remove_below(ID).unwrap();
 }
 
@@ -849,7 +871,7 @@ fn in_the_lab_what_lvm_does_is_noticed() {
             Dm::new("secondsite-larger", &format!("0 {sectors} linear {} 0", below.number));
         made(splicer.insert(path, ID, &larger.path(), PAUSE_MAX));
         assert_eq!(Through::open(path, &larger.path()).unwrap().unwrap().look(), Lead::Through);
-        assert_eq!(splicer.regrow(path, ID, PAUSE_MAX).unwrap().through, Some(larger.number()));
+        assert_eq!(splicer.regrow(path, ID, PAUSE_MAX).unwrap().through, Some(larger.number));
         load.more();
         again = Some(larger);
     });

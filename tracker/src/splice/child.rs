@@ -83,7 +83,10 @@ fn guarded(control: RawFd, dev: u64, limit: u64, hook: Hook) -> Message {
     });
     let (pid, socket) = match started {
         Ok(started) => started,
-        Err(error) => return [DONE, error.raw_os_error().unwrap_or(libc::EIO) as u64, 0],
+        // Nothing was done yet, whether it could not be started or died before it was ready.
+        Err(error) => {
+            return error.raw_os_error().map_or([DIED, 0, 0], |errno| [DONE, errno as u64, 0]);
+        }
     };
     let since = now();
     answer(socket.as_raw_fd(), [GO, 0, 0]);
