@@ -2,7 +2,7 @@
 //!
 //! It is forked and never executes anything else: between fork and exit it only makes system calls,
 //! on memory that is locked, with all signals blocked. It has no descriptor of its parent but its
-//! end of the socket and the one that is named; end of file there is its parent's death. What runs
+//! end of the socket and those that are named; end of file there is its parent's death. What runs
 //! in it allocates nothing, takes no lock, and panics on no path that is taken.
 
 use std::ffi::CStr;
@@ -15,11 +15,14 @@ pub(crate) const MESSAGE_BYTES: usize = size_of::<Message>();
 /// The child's first: it is locked, or why not (an errno).
 const READY: u64 = 3;
 
+/// Most descriptors that a child keeps, its socket not counted.
+const KEEP_MAX: usize = 2;
+
 /// Forks a child that runs `main` with its end of the socket, then exits. Returns when it is locked
 /// in memory. Allocates nothing.
 pub(crate) fn start(
     name: &CStr,
-    keep: Option<RawFd>,
+    keep: &[RawFd],
     main: impl FnOnce(RawFd),
 ) -> io::Result<(libc::pid_t, OwnedFd)> {
     let mut ends = [-1; 2];
@@ -32,7 +35,7 @@ pub(crate) fn start(
     match check(unsafe { libc::fork() })? {
         0 => {
             let socket = theirs.as_raw_fd();
-            let errno = prepare(name, socket, keep.unwrap_or(socket));
+            let errno = prepare(name, socket, keep);
             answer(socket, [READY, errno as u64, 0]);
             if errno == 0 {
                 main(socket);
@@ -115,7 +118,10 @@ pub(crate) fn now() -> u64 {
 }
 
 /// Locks the child in memory and cuts what ties it to its parent.
-fn prepare(name: &CStr, socket: RawFd, keep: RawFd) -> i32 {
+fn prepare(name: &CStr, socket: RawFd, keep: &[RawFd]) -> i32 {
+    let mut kept = [socket; KEEP_MAX + 1];
+    kept[..keep.len()].copy_from_slice(keep);
+    kept.sort_unstable();
     // SAFETY: system calls on this process alone; `signals` is filled before it is used; no
     // descriptor that is closed here is used by the child.
     unsafe {
@@ -126,13 +132,14 @@ fn prepare(name: &CStr, socket: RawFd, keep: RawFd) -> i32 {
         libc::setsid();
         libc::prctl(libc::PR_SET_NAME, name.as_ptr());
         // Another child's parent end among them would hide the parent's death from that child.
-        let (low, high) = (socket.min(keep) as libc::c_uint, socket.max(keep) as libc::c_uint);
-        for (first, last) in [(3, low), (low + 1, high), (high + 1, libc::c_uint::MAX)] {
-            let last = if last == libc::c_uint::MAX { last } else { last.saturating_sub(1) };
-            if first <= last {
-                libc::syscall(libc::SYS_close_range, first, last, 0);
+        let mut first = 3;
+        for fd in kept {
+            if fd > first {
+                libc::syscall(libc::SYS_close_range, first, fd - 1, 0);
             }
+            first = first.max(fd + 1);
         }
+        libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0);
         if libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) == -1 {
             return *libc::__errno_location();
         }

@@ -31,9 +31,9 @@ use crate::device::{Device, DeviceError, folders_in, name_of, number_of, sysfs_o
 use crate::dm::{Control, DmError, Number, Status, Table, Target};
 use child::Outcome;
 use rules::Shape;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -41,15 +41,19 @@ use std::time::{Duration, Instant};
 pub const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long others (udev looks at every new device) may keep the device below open when it goes.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
-const CLOSE_PAUSE: Duration = Duration::from_millis(20);
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(20);
 /// Unit of device-mapper, and of sizes in sysfs.
 const SECTOR_BYTES: u64 = 512;
 /// Devices on devices: deeper stacks are a loop in sysfs.
 const STACK_DEPTH_MAX: usize = 16;
 /// Every device that we make has a name that begins so; the rules for udev go by it.
 const PREFIX: &str = "secondsite-";
-/// Name of the note.
+/// Name of the note, and of the file that is locked by who may write it.
 const NOTE: &str = "suspended";
+const LOCK: &str = "lock";
+/// How long another process may take for its last change.
+const LOCK_MAX: Duration = Duration::from_secs(3);
 
 /// Why a volume was not spliced. It has its old table, and is not suspended.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +105,9 @@ impl SpliceError {
                 Refusal::KeyInKeyring.remedy()
             }
             Cause::DeviceMapper(_) => "the kernel's log (dmesg) says more",
+            Cause::Io(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                "another process changes tables: wait for it, or stop it"
+            }
             Cause::Io(_) => "run it as root, on a machine with a writable /run",
             Cause::Slow(_) => "try again when the volume is less busy",
             Cause::Died => "try again after a restart of this process",
@@ -177,6 +184,8 @@ pub struct Splicer {
     /// Closed first, which ends the guard.
     guard: Option<OwnedFd>,
     guard_pid: libc::pid_t,
+    /// Locked; the guard has it too.
+    _lock: File,
     resumed: Vec<String>,
 }
 
@@ -200,9 +209,11 @@ impl Splicer {
         let control = Control::open()?;
         fs::create_dir_all(note_dir).map_err(fails)?;
         let note = note_dir.join(NOTE);
+        let lock = lock(&note_dir.join(LOCK)).map_err(fails)?;
         let resumed = settle_noted(&control, &note).map_err(fails)?;
-        let (guard_pid, guard) = child::start(control.as_raw_fd(), hook).map_err(fails)?;
-        Ok(Self { control, note, guard: Some(guard), guard_pid, resumed })
+        let (guard_pid, guard) =
+            child::start(control.as_raw_fd(), lock.as_raw_fd(), hook).map_err(fails)?;
+        Ok(Self { control, note, guard: Some(guard), guard_pid, _lock: lock, resumed })
     }
 
     /// The volumes that an earlier process had left suspended, and that this start let go on.
@@ -327,7 +338,7 @@ impl Splicer {
         loop {
             match self.control.remove(below.number) {
                 Err(error) if error.is_busy() && start.elapsed() < CLOSE_MAX => {
-                    std::thread::sleep(CLOSE_PAUSE);
+                    std::thread::sleep(PAUSE);
                 }
                 other => return Ok(other?),
             }
@@ -571,6 +582,22 @@ fn our_device(number: Number) -> Option<String> {
         ours if ours.starts_with(PREFIX) => Some(ours.into()),
         _ if name.starts_with("ublkb") => Some(name),
         _ => None,
+    }
+}
+
+/// One process at a time: a start would take what another is changing for what a dead one left.
+fn lock(path: &Path) -> io::Result<File> {
+    let file = File::options().create(true).append(true).open(path)?;
+    let start = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if start.elapsed() < LOCK_MAX => {
+                std::thread::sleep(PAUSE);
+            }
+            Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::ResourceBusy.into()),
+        }
     }
 }
 

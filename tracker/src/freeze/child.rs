@@ -42,7 +42,7 @@ pub(super) enum Answer {
 
 /// Forks the child. Returns when it is locked in memory and waits.
 pub(super) fn start() -> io::Result<(libc::pid_t, OwnedFd)> {
-    locked::start(c"freezer", None, child_main)
+    locked::start(c"freezer", &[], child_main)
 }
 
 /// Thaws, if it is frozen.

@@ -41,9 +41,11 @@ pub(super) enum Outcome {
     Died { pause: Duration },
 }
 
-/// Forks the guard. Returns when it is locked in memory and waits.
-pub(super) fn start(control: RawFd, hook: Hook) -> io::Result<(libc::pid_t, OwnedFd)> {
-    locked::start(c"splice-guard", Some(control), move |socket| guard(socket, control, hook))
+/// Forks the guard. Returns when it is locked in memory and waits. `lock` stays open in it, and so
+/// locked for as long as a change may be under way.
+pub(super) fn start(control: RawFd, lock: RawFd, hook: Hook) -> io::Result<(libc::pid_t, OwnedFd)> {
+    let keep = [control, lock];
+    locked::start(c"splice-guard", &keep, move |socket| guard(socket, keep, hook))
 }
 
 /// Makes the loaded table live. Allocates nothing. An error: the guard is gone.
@@ -70,15 +72,16 @@ pub(super) fn settle(control: RawFd, dev: u64) {
 
 // ---- below: in the children only. ----
 
-fn guard(socket: RawFd, control: RawFd, hook: Hook) {
+fn guard(socket: RawFd, keep: [RawFd; 2], hook: Hook) {
     // An error is the parent's end; a change that runs is brought to its end before it is seen.
     while let Ok([SWAP, dev, limit]) = locked::receive(socket) {
-        answer(socket, guarded(control, dev, limit, hook));
+        answer(socket, guarded(keep, dev, limit, hook));
     }
 }
 
-fn guarded(control: RawFd, dev: u64, limit: u64, hook: Hook) -> Message {
-    let started = locked::start(c"splice", Some(control), |socket| {
+fn guarded(keep: [RawFd; 2], dev: u64, limit: u64, hook: Hook) -> Message {
+    let [control, _] = keep;
+    let started = locked::start(c"splice", &keep, |socket| {
         swapper(socket, control, dev, hook);
     });
     let (pid, socket) = match started {

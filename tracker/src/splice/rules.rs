@@ -113,7 +113,10 @@ impl Refusal {
             }
             Self::Root | Self::Swap(_) => "follow it by eBPF",
             Self::AlreadyThrough(_) => "take that filter out first",
-            Self::BeingChanged | Self::GroupLocked(_) => "try again when that is done",
+            Self::BeingChanged => {
+                "try again when that is done; dmsetup info shows it, dmsetup clear drops what is loaded"
+            }
+            Self::GroupLocked(_) => "try again when that is done",
             Self::Replaced => "prepare it again with its new table; it must be compared",
             Self::NotPrepared => "put the filter in first",
             Self::Shrunk { .. } => "take the filter out, and put it in again",
