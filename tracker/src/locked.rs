@@ -16,7 +16,7 @@ pub(crate) const MESSAGE_BYTES: usize = size_of::<Message>();
 const READY: u64 = 3;
 
 /// Most descriptors that a child keeps, its socket not counted.
-const KEEP_MAX: usize = 2;
+const KEEP_MAX: usize = 3;
 
 /// Forks a child that runs `main` with its end of the socket, then exits. Returns when it is locked
 /// in memory. Allocates nothing.

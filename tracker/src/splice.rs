@@ -440,16 +440,13 @@ impl Splicer {
         write_note(&self.note, &device).map_err(|error| fails(error.into()))?;
         let limit = limit.min(PAUSE_MAX);
         let number = device.number;
-        let outcome = match self.control.load(number, targets) {
-            // From here until the answer nothing is allocated, opened or logged.
-            Ok(()) => Some(child::swap(guard, number.encoded(), limit)),
-            Err(error) => {
-                self.forget();
-                return Err(fails(error.into()));
-            }
-        };
-        let guard_died = matches!(outcome, Some(Err(_)));
-        if guard_died {
+        if let Err(error) = self.control.load(number, targets) {
+            self.forget();
+            return Err(fails(error.into()));
+        }
+        // From here until the answer nothing is allocated, opened or logged.
+        let outcome = child::swap(guard, number.encoded(), limit);
+        if outcome.is_err() {
             self.guard = None;
             child::settle(self.control.as_raw_fd(), number.encoded());
         }
@@ -459,21 +456,20 @@ impl Splicer {
         if !is_made {
             let _ = self.control.clear(number);
         }
-        if !guard_died {
-            // Else the swapper may be on its last way: the next start looks once more.
-            self.forget();
-        }
+        self.forget();
         match outcome {
-            Some(Ok(
-                Outcome::Done { pause, .. } | Outcome::Late { pause } | Outcome::Died { pause },
-            )) if is_made => Ok(Change::Made(pause)),
-            Some(Ok(Outcome::Done { errno, .. })) => {
+            Ok(Outcome::Done { pause, .. } | Outcome::Late { pause } | Outcome::Died { pause })
+                if is_made =>
+            {
+                Ok(Change::Made(pause))
+            }
+            Ok(Outcome::Done { errno, .. }) => {
                 let source = io::Error::from_raw_os_error(errno);
                 let device = number.to_string();
                 Err(fails(DmError { operation: "change the table of", device, source }.into()))
             }
-            Some(Ok(Outcome::Late { .. })) => Err(fails(Cause::Slow(limit))),
-            _ => Err(fails(Cause::Died)),
+            Ok(Outcome::Late { .. }) => Err(fails(Cause::Slow(limit))),
+            Ok(Outcome::Died { .. }) | Err(_) => Err(fails(Cause::Died)),
         }
     }
 

@@ -553,16 +553,11 @@ fn in_the_lab_a_slow_disk_is_not_waited_for() {
     let old = volume.targets();
     let below = splicer.prepare(&path, ID).unwrap();
     let filter = front(&below);
-    let start = Instant::now();
-    let writer = std::thread::spawn({
-        let path = path.clone();
-        move || {
-            let mut memory = Aligned::new(4096);
-            open_direct(&path, true).write_all_at(memory.slice(4096), 0).unwrap();
-        }
-    });
     let device = Device::open(&path).unwrap();
-    until("in flight", || device.in_flight().unwrap().1 > 0);
+    let in_flight = || device.in_flight().unwrap().1 > 0;
+    let start = Instant::now();
+    let writer = write_in_background(&path);
+    until("in flight", in_flight);
     let limit = Duration::from_millis(300);
     let since = Instant::now();
     let error = splicer.insert(&path, ID, &filter.path(), limit).unwrap_err();
@@ -575,9 +570,25 @@ fn in_the_lab_a_slow_disk_is_not_waited_for() {
     assert!(held >= limit, "{held:?}");
     assert!(volume.has_exactly(&old));
     writer.join().unwrap();
+
+    // The guard dies meanwhile: what waits may not change the table later on.
+    let mut helper = Helper::start(&folder.path().join("helper"), &path, "as-it-is");
+    let guard = helper.children().0;
+    let writer = write_in_background(&path);
+    until("in flight", in_flight);
+    helper.order(&format!("1000 {}", filter.path().display()));
+    until("the swapper", || child_of(&guard).is_some_and(|swapper| waits_in_kernel(&swapper)));
+    run("kill", &["-9", &guard]);
+    let answer = helper.answer();
+    assert!(answer.contains("died"), "{answer}");
+    assert!(!writer.is_finished(), "the write is over: proves nothing");
+    assert!(volume.has_exactly(&old));
+    writer.join().unwrap();
+    assert!(volume.has_exactly(&old));
+
     made(splicer.insert(&path, ID, &filter.path(), limit));
     made(splicer.take_out(&path, ID, limit));
-    drop((volume, filter));
+    drop((volume, slow, filter));
     splicer.remove_below(ID).unwrap();
     println!("-- a slow disk: undone {} ms after the start", held.as_millis());
 }
@@ -635,6 +646,13 @@ impl Helper {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
     }
+}
+
+/// It is in its system call on device-mapper, not reading from its socket.
+fn waits_in_kernel(pid: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/wchan")).is_ok_and(|at| at.contains("dm_"))
+        || std::fs::read_to_string(format!("/proc/{pid}/syscall"))
+            .is_ok_and(|call| call.starts_with(&format!("{} ", libc::SYS_ioctl)))
 }
 
 /// A process has at most one child here; any of its threads may have forked it.
@@ -734,7 +752,7 @@ fn in_the_lab_nobodys_death_leaves_it_suspended() {
             assert!(answer.contains("died"), "{answer}");
         }
         assert!(volume.has_exactly(&old));
-        assert_eq!(note.join("suspended").exists(), who == "guard");
+        assert!(!note.join("suspended").exists());
         if who == "guard" {
             assert!(helper.ask(&order).contains("died"));
         }
@@ -791,8 +809,8 @@ fn in_the_lab_a_swapper_killed_at_any_moment_changes_all_or_nothing() {
     let seed = seed();
     let mut random = Random(seed);
     Load::during(&path, SECTORS / 8, seed, |load| {
-        for _ in 0..rounds(20) {
-            let wait = Duration::from_micros(random.below(300_000));
+        for _ in 0..rounds(15) {
+            let wait = Duration::from_micros(random.below(120_000));
             helper.order(&order);
             let swapper = std::iter::repeat_with(|| child_of(&guard)).find_map(|child| child);
             std::thread::sleep(wait);

@@ -6,8 +6,9 @@
 //! suspend and resume there is no moment in which a death could leave the volume suspended, but one:
 //! when the kernel does not take the new table after all. Then the swapper resumes; and should it
 //! die there, or need longer than its time, the guard does: it ends the swapper, drops the loaded
-//! table and resumes. A swapper whose guard dies is killed by the kernel. Both are children as in
-//! [`crate::locked`]; nothing is opened, allocated or logged meanwhile.
+//! table and resumes. A swapper whose guard dies is killed by the kernel; it holds the guard's end of
+//! the socket too, so that its parent sees the end of both, and can then do the same as the guard.
+//! Both are children as in [`crate::locked`]; nothing is opened, allocated or logged meanwhile.
 
 use crate::dm;
 use crate::locked::{self, Message, answer, now};
@@ -48,7 +49,7 @@ pub(super) fn start(control: RawFd, lock: RawFd, hook: Hook) -> io::Result<(libc
     locked::start(c"splice-guard", &keep, move |socket| guard(socket, keep, hook))
 }
 
-/// Makes the loaded table live. Allocates nothing. An error: the guard is gone.
+/// Makes the loaded table live. Allocates nothing. An error: guard and swapper are gone.
 pub(super) fn swap(socket: &OwnedFd, dev: u64, limit: Duration) -> io::Result<Outcome> {
     answer(socket.as_raw_fd(), [SWAP, dev, limit.as_nanos() as u64]);
     let message = locked::receive(socket.as_raw_fd())?;
@@ -75,12 +76,13 @@ pub(super) fn settle(control: RawFd, dev: u64) {
 fn guard(socket: RawFd, keep: [RawFd; 2], hook: Hook) {
     // An error is the parent's end; a change that runs is brought to its end before it is seen.
     while let Ok([SWAP, dev, limit]) = locked::receive(socket) {
+        let keep = [keep[0], keep[1], socket];
         answer(socket, guarded(keep, dev, limit, hook));
     }
 }
 
-fn guarded(keep: [RawFd; 2], dev: u64, limit: u64, hook: Hook) -> Message {
-    let [control, _] = keep;
+fn guarded(keep: [RawFd; 3], dev: u64, limit: u64, hook: Hook) -> Message {
+    let control = keep[0];
     let started = locked::start(c"splice", &keep, |socket| {
         swapper(socket, control, dev, hook);
     });
