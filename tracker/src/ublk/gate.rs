@@ -21,7 +21,13 @@ pub struct Preserve {
 pub type Wake = u64;
 
 impl Gate {
-    pub fn admit(&self, _lane: usize, _tag: u16, _bytes: Range<u64>, _out: &mut Vec<Preserve>) -> Admission {
+    pub fn admit(
+        &self,
+        _lane: usize,
+        _tag: u16,
+        _bytes: Range<u64>,
+        _out: &mut Vec<Preserve>,
+    ) -> Admission {
         Admission::Go
     }
     pub fn preserved(&self, _copy: &Preserve, _ok: bool) -> Wake {
