@@ -15,7 +15,7 @@
 //! is changed is noted in /run first, and every start lets go on what stands there. Whatever fails,
 //! V has its old table. What cannot be spliced is refused before anything is touched ([`rules`]).
 
-mod beside;
+pub mod beside;
 mod child;
 mod hide;
 mod lvm;

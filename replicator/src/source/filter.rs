@@ -61,11 +61,6 @@ pub fn behind_filter(
             backing.size_bytes
         )));
     }
-    if let Some((reserve, start)) = &listed.reserve.clone().zip(shared.spill_start()) {
-        let opened = Device::open(reserve).and_then(|device| device.open_direct());
-        let reserve = opened.map_err(|error| refused(error.to_string()))?;
-        shared.set_reserve(reserve, *start);
-    }
     let beside = Beside::open(backing).map_err(|error| refused(error.to_string()))?;
     Ok(FilterTracker { shared: Arc::new(shared), beside })
 }

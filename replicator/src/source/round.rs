@@ -617,6 +617,13 @@ enum Failure {
 fn flip(filtered: &[Arc<Volume>], cutter: &mut dyn Cutter) -> Result<(), String> {
     let ids: Vec<VolumeId> = filtered.iter().map(|volume| volume.id()).collect();
     let flip = cutter.cut(&ids)?;
+    // Seen in the memory that is mapped here: else it is not the filter's any more.
+    let here = |volume: &Arc<Volume>| {
+        volume.tracker.filtered().is_some_and(|shared| shared.flipped() == flip)
+    };
+    if !filtered.iter().all(here) {
+        return Err("the filter has begun anew".into());
+    }
     filtered.iter().for_each(|volume| volume.marks().flipped(flip));
     Ok(())
 }

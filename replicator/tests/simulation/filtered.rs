@@ -87,6 +87,7 @@ impl Filtered {
                 }
                 filter.copies.clear();
                 filter.gate = Gate::new(filter.shared.clone(), 1, DEPTH);
+                filter.gate.take_over();
                 for write in &mut disk.writes {
                     write.landed = false;
                     filter.admit(write);

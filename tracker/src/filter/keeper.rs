@@ -8,12 +8,10 @@
 //! - out of the cut layer: read by the agent, or preserved in a slot that says so. It may be
 //!   overwritten.
 
-use crate::filter::gate::Preserve;
+use crate::filter::gate::{COPIES_MAX, Preserve};
 use crate::filter::shared::Shared;
 use crate::marks::BlockRun;
 
-/// Copies under way at once.
-const COPIES_MAX: usize = 128;
 /// Bytes of one copy at most.
 const COPY_BYTES_MAX: u64 = 256 << 10;
 

@@ -31,7 +31,7 @@ use crate::sync::Memory;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
@@ -71,6 +71,16 @@ const FLIP_MASK: u64 = (1 << 24) - 1;
 
 const _: () = assert!(AT_LANES + LANES_MAX * LANE_WORDS <= PAGE_WORDS);
 const _: () = assert!(HEADER_WORDS <= PAGE_WORDS);
+
+/// The file of the group, in the folder of a filter.
+pub fn group_path(dir: &Path) -> PathBuf {
+    dir.join("group")
+}
+
+/// The file of a volume.
+pub fn volume_path(dir: &Path, id: &str) -> PathBuf {
+    dir.join("marks").join(id)
+}
 
 /// What a volume's shared memory is made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,6 +198,8 @@ pub struct Shared {
     area: Memory<AtomicU64>,
     turn: Turn<AtomicU64>,
     reserve: OnceLock<(File, u64)>,
+    /// The file that is mapped, if it is one: path, device and inode.
+    file: Option<(PathBuf, u64, u64)>,
 }
 
 /// What an entry of the area says.
@@ -242,7 +254,22 @@ impl Shared {
         if !Header::new(&whole.part(0..HEADER_WORDS)).is_sound() {
             return Err(fails("open", io::Error::from(io::ErrorKind::InvalidData)));
         }
-        Ok(Self::over(form, group, true, &whole))
+        let made = file.metadata().map_err(|cause| fails("stat", cause))?;
+        let file = Some((path.to_path_buf(), made.dev(), made.ino()));
+        Ok(Self { file, ..Self::over(form, group, true, &whole) })
+    }
+
+    /// Whether this is the memory of the filter that runs: it makes another file when it has to
+    /// begin anew.
+    pub fn is_current(&self) -> bool {
+        self.file.as_ref().is_none_or(|(path, device, inode)| {
+            std::fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (*device, *inode))
+        })
+    }
+
+    /// The newest flip that this volume had; 0 if there was none.
+    pub fn flipped(&self) -> u64 {
+        self.turn.flipped()
     }
 
     fn over(form: Form, group: &Group, agent: bool, whole: &Whole) -> Self {
@@ -276,6 +303,7 @@ impl Shared {
             area: part(area, form.memory_slots as usize * form.block_bytes as usize / 8),
             turn: turn(),
             reserve: OnceLock::new(),
+            file: None,
         }
     }
 

@@ -146,6 +146,11 @@ impl Written {
         Ok(written)
     }
 
+    /// Counts from the boot of the machine on.
+    pub fn since_boot(backing: &Device) -> io::Result<Self> {
+        Ok(Self { stat: File::open(backing.sysfs().join("stat"))?, before: 0 })
+    }
+
     /// Sectors completed since then.
     pub fn sectors(&self) -> io::Result<u64> {
         let total = number_in(&self.stat, WRITTEN_SECTORS)?
