@@ -23,8 +23,7 @@ fn every_point_is_a_prefix_of_the_writes() {
     let mut random = Random::printed("filter_order");
     let devices = std::env::var("SECONDSITE_LAB_DEVICES").expect("SECONDSITE_LAB_DEVICES");
     let devices: Vec<PathBuf> = devices.split(',').map(PathBuf::from).collect();
-    let dir: PathBuf =
-        std::env::var("SECONDSITE_FILTER_DIR").expect("SECONDSITE_FILTER_DIR").into();
+    let dir: PathBuf = std::env::var("SECONDSITE_FILTER_DIR").expect("SECONDSITE_FILTER_DIR").into();
     let folder = tempfile::tempdir().expect("a folder");
     let mut site = InProcess::start(folder.path(), &devices, TrackerChoice::Ublk, &dir);
     site.follow();
