@@ -80,6 +80,7 @@ impl Deployment {
             memory_bytes: MEMORY_BYTES,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             freezer: Freezer::start(&folder.join("notes"))?,
+            splicer: None,
         };
         let source = Source::start(config, Box::new(|| {}));
         let volume = VolumeAssignment {

@@ -239,7 +239,8 @@ fn choose(server: &str, device: &InventoryDevice, request: &ProtectRequest) -> R
     };
     if let Some(reserve) = &request.reserve {
         if tracker != "ublk" {
-            let message = format!("--reserve is for a filter, and {path} of {server} has {tracker}");
+            let message =
+                format!("--reserve is for a filter, and {path} of {server} has {tracker}");
             return Err(Refused::conflict(exit::USAGE, message).hint("--tracker ublk"));
         }
         if reserve == path {

@@ -7,6 +7,7 @@
 //! Both read from the devices, and a read from one that does not answer cannot be interrupted: the
 //! look is bounded from outside ([`bounded`]), and what it waits for is named.
 
+use crate::filter::client::Client;
 use secondsite_control::api::InventoryDevice;
 use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::Ebpf;
@@ -43,6 +44,9 @@ pub enum InventoryError {
     Stalled(String),
 }
 
+/// How long a filter may take to answer.
+const FILTER_LIMIT: Duration = Duration::from_secs(2);
+
 /// What the one look that is under way waits for.
 static WAITS_FOR: Mutex<Option<WaitsFor>> = Mutex::new(None);
 
@@ -53,10 +57,11 @@ enum WaitsFor {
     Device(PathBuf),
 }
 
-/// Takes the inventory of this host. `allow`: the only devices to offer; empty for all.
-pub fn take(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
-    let allow = allow.to_vec();
-    bounded(&WAITS_FOR, LIMIT, move || look(&allow)).map_err(InventoryError::Stalled)?
+/// Takes the inventory of this host. `allow`: the only devices to offer; empty for all. `filter`:
+/// the folder of the filter, if one runs.
+pub fn take(allow: &[PathBuf], filter: &Path) -> Result<Vec<InventoryDevice>, InventoryError> {
+    let (allow, filter) = (allow.to_vec(), filter.to_path_buf());
+    bounded(&WAITS_FOR, LIMIT, move || look(&allow, &filter)).map_err(InventoryError::Stalled)?
 }
 
 /// Runs `look` in a thread of its own. One that does not come back within `limit` is left to
@@ -115,7 +120,7 @@ impl WaitsFor {
     }
 }
 
-fn look(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
+fn look(allow: &[PathBuf], filter: &Path) -> Result<Vec<InventoryDevice>, InventoryError> {
     let failed = |error: std::io::Error| InventoryError::Run(error.to_string());
     let lsblk = Command::new("lsblk")
         .args(["--json", "--bytes", "--output", COLUMNS])
@@ -132,7 +137,9 @@ fn look(allow: &[PathBuf]) -> Result<Vec<InventoryDevice>, InventoryError> {
         let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
         return Err(InventoryError::Run(text));
     }
-    let mut devices = read(&output.stdout, &Host { ebpf: Ebpf::supported() })?;
+    let filter = Client::connect(filter, FILTER_LIMIT).and_then(|client| client.hello());
+    let filter = filter.map(drop).map_err(|error| error.to_string());
+    let mut devices = read(&output.stdout, &Host { ebpf: Ebpf::supported(), filter })?;
     devices.retain(|device| allows(allow, Path::new(&device.path)));
     Ok(devices)
 }
@@ -150,6 +157,8 @@ pub trait Facts {
     fn volume(&self, path: &Path) -> Result<(), String>;
     /// Whether eBPF runs here; else why not.
     fn ebpf(&self) -> Result<(), String>;
+    /// Whether a filter runs here; else why not.
+    fn filter(&self) -> Result<(), String>;
     /// Where a partition starts on its disk, bytes.
     fn start_bytes(&self, kname: &str) -> Option<u64>;
     /// Whether a swap area is on it. `lsblk` knows file systems only where udev runs.
@@ -160,6 +169,7 @@ pub trait Facts {
 
 struct Host {
     ebpf: Result<(), String>,
+    filter: Result<(), String>,
 }
 
 impl Facts for Host {
@@ -170,6 +180,10 @@ impl Facts for Host {
 
     fn ebpf(&self) -> Result<(), String> {
         self.ebpf.clone()
+    }
+
+    fn filter(&self) -> Result<(), String> {
+        self.filter.clone()
     }
 
     fn start_bytes(&self, kname: &str) -> Option<u64> {
@@ -295,10 +309,28 @@ impl List<'_> {
                 "eBPF follows whole disks and partitions, not {kind}: choose the disk below it"
             )),
         };
-        match ebpf {
-            Ok(()) => (vec!["ebpf".into(), "compare".into()], String::new()),
-            Err(why) => (vec!["compare".into()], why),
-        }
+        // The filter goes under a volume of device-mapper that is in use; in front of another
+        // device, its users have to open another one: only on request.
+        let spliced = matches!(node.kind.as_str(), "lvm" | "crypt" | "dm")
+            && !node.mountpoints.iter().flatten().any(|mount| mount == "/");
+        let filter = self.facts.filter();
+        let offered = [
+            (spliced && filter.is_ok(), "ublk"),
+            (ebpf.is_ok(), "ebpf"),
+            (!spliced && filter.is_ok(), "ublk"),
+            (true, "compare"),
+        ];
+        let trackers: Vec<String> = offered
+            .into_iter()
+            .filter(|(offered, _)| *offered)
+            .map(|(_, name)| name.into())
+            .collect();
+        let why = match (trackers[0].as_str(), ebpf, filter) {
+            ("compare", Err(ebpf), Err(filter)) if spliced => format!("{ebpf}; {filter}"),
+            ("compare", Err(why), _) => why,
+            _ => String::new(),
+        };
+        (trackers, why)
     }
 
     /// Swap partitions: name, offset and length on the whole device.

@@ -125,6 +125,7 @@ impl Site {
             memory_bytes: 64 << 20,
             workers: 2,
             freezer: Freezer::start(&self.folder.join("notes")).unwrap(),
+            splicer: None,
         };
         let source = Source::start(config, Box::new(|| {}));
         let volume = VolumeAssignment {

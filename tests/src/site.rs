@@ -121,6 +121,7 @@ impl InProcess {
             memory_bytes: MEMORY_BYTES,
             workers: 2,
             freezer: Freezer::start(&self.folder.join("notes")).expect("a freezer"),
+            splicer: None,
         };
         let source = Source::start(config, Box::new(|| {}));
         source.assign(self.assignment.clone());

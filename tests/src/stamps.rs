@@ -34,8 +34,7 @@ struct Stamp {
 impl Stamp {
     fn encode(self, block: &mut [u8]) {
         block[..8].copy_from_slice(MAGIC);
-        let fields =
-            [self.number, self.completed, self.place, self.read_place, self.read_number];
+        let fields = [self.number, self.completed, self.place, self.read_place, self.read_number];
         for (at, field) in fields.into_iter().enumerate() {
             block[8 + at * 8..16 + at * 8].copy_from_slice(&field.to_le_bytes());
         }
@@ -49,7 +48,8 @@ impl Stamp {
 
     fn decode(block: &[u8]) -> Option<Self> {
         let number = |at: usize| u64::from_le_bytes(block[at..at + 8].try_into().expect("8 bytes"));
-        let whole = block[..8] == *MAGIC && number(STAMP_BYTES - 8) == xxh3_64(&block[..STAMP_BYTES - 8]);
+        let whole =
+            block[..8] == *MAGIC && number(STAMP_BYTES - 8) == xxh3_64(&block[..STAMP_BYTES - 8]);
         whole.then(|| Self {
             number: number(8),
             completed: number(16),

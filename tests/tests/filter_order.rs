@@ -2,12 +2,16 @@
 //! write order. In the kernel lab, over the devices in SECONDSITE_LAB_DEVICES, with a running
 //! `secondsite filter` in SECONDSITE_FILTER_DIR.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use secondsite::filter::client::Client;
 use secondsite_control::api::TrackerChoice;
 use secondsite_tests::load::Load;
 use secondsite_tests::random::Random;
 use secondsite_tests::site::InProcess;
 use secondsite_tests::stamps::Stamps;
-use std::path::PathBuf;
+use secondsite_tests::wait_until;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Blocks that are written: few, so that most of them are in every cut.
@@ -23,7 +27,8 @@ fn every_point_is_a_prefix_of_the_writes() {
     let mut random = Random::printed("filter_order");
     let devices = std::env::var("SECONDSITE_LAB_DEVICES").expect("SECONDSITE_LAB_DEVICES");
     let devices: Vec<PathBuf> = devices.split(',').map(PathBuf::from).collect();
-    let dir: PathBuf = std::env::var("SECONDSITE_FILTER_DIR").expect("SECONDSITE_FILTER_DIR").into();
+    let dir: PathBuf =
+        std::env::var("SECONDSITE_FILTER_DIR").expect("SECONDSITE_FILTER_DIR").into();
     let folder = tempfile::tempdir().expect("a folder");
     let mut site = InProcess::start(folder.path(), &devices, TrackerChoice::Ublk, &dir);
     site.follow();
@@ -36,7 +41,17 @@ fn every_point_is_a_prefix_of_the_writes() {
     let (mut highest, mut waves) = (0, Duration::ZERO);
     let points = number("SECONDSITE_LAB_POINTS", 20);
     let begun = Instant::now();
+    let (kills, restarts) =
+        (number("SECONDSITE_LAB_KILLS", 0), number("SECONDSITE_LAB_RESTARTS", 0));
+    let due = |count: u64, point: u64| count > 0 && (point + 1) % (points / count).max(1) == 0;
     for point in 0..points {
+        if due(kills, point) {
+            kill_server(&dir);
+        }
+        if due(restarts, point) {
+            site.start_source();
+            site.follow();
+        }
         let cut = Instant::now();
         let exact = site.cut().unwrap_or_else(|why| panic!("point {point}: {why}"));
         waves += cut.elapsed();
@@ -56,4 +71,13 @@ fn every_point_is_a_prefix_of_the_writes() {
     assert!(highest > 0 && issued > points * 10, "it was written all along");
     assert_eq!(site.compares(), 0, "nothing was in doubt");
     load.stop();
+}
+
+/// Kills the process that carries the requests; its keeper starts another one.
+fn kill_server(dir: &Path) {
+    let hello = wait_until("the filter answers", Duration::from_secs(60), || {
+        let client = Client::connect(dir, Duration::from_secs(5)).map_err(|e| e.to_string())?;
+        client.hello().map_err(|error| error.to_string())
+    });
+    kill(Pid::from_raw(hello.pid.cast_signed()), Signal::SIGKILL).expect("it ran");
 }

@@ -348,6 +348,13 @@ impl<W: Word> Bitmaps<W> {
         }
     }
 
+    /// Marks in the cut layer. Nobody does so but a mistake that tests make.
+    pub fn mark_cut(&self, run: BlockRun) {
+        if let Some(cut) = self.cut() {
+            cut.mark(run, self.blocks);
+        }
+    }
+
     /// Takes the run out of the cut layer: copies of it were published, and what replaces it has
     /// been marked, so that a giving up need not look for it.
     pub fn cut_forget(&self, run: BlockRun) {

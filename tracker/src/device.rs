@@ -129,6 +129,11 @@ impl Device {
         sysfs_of(self.disk.0, self.disk.1)
     }
 
+    /// Whether it is a volume of device-mapper.
+    pub fn is_mapped(&self) -> bool {
+        self.sysfs().join("dm").is_dir()
+    }
+
     /// Requests now in flight on the whole disk, reads and writes, from the kernel's counters.
     pub fn in_flight(&self) -> Result<(u64, u64), DeviceError> {
         let text = fs::read_to_string(self.disk_sysfs().join("inflight"))

@@ -178,6 +178,11 @@ impl<W: Word> Marks<W> {
         self.bitmaps.cut_holds(run)
     }
 
+    /// As a mistake would: as if it had come before the flip.
+    pub(crate) fn mark_cut(&self, run: BlockRun) {
+        self.bitmaps.mark_cut(run);
+    }
+
     /// The filter has published copies of these blocks.
     pub(crate) fn cut_forget(&self, run: BlockRun) {
         self.bitmaps.cut_forget(run);

@@ -118,6 +118,12 @@ pub struct FilterArgs {
     /// Queues of new devices
     #[arg(long, value_name = "N", hide = true)]
     pub queues: Option<u16>,
+    /// Memory a volume for what a cut still needs of blocks that are overwritten
+    #[arg(long, value_name = "SIZE", default_value = "32MiB", value_parser = preserve_size)]
+    pub preserve: u64,
+    /// A known mistake, for the tests that must notice it
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub mistake: Option<String>,
 }
 
 /// `setup`.
@@ -393,6 +399,16 @@ fn goal(text: &str) -> Result<u64, String> {
     match parse_seconds(text).map_err(|error| error.to_string())? {
         0 => Err("a goal is at least 1s".into()),
         seconds => Ok(seconds),
+    }
+}
+
+const PRESERVE_BYTES_MIN: u64 = 16 << 10;
+const PRESERVE_BYTES_MAX: u64 = 4 << 30;
+
+fn preserve_size(text: &str) -> Result<u64, String> {
+    match parse_bytes(text).map_err(|error| error.to_string())? {
+        bytes @ PRESERVE_BYTES_MIN..=PRESERVE_BYTES_MAX => Ok(bytes),
+        _ => Err("from 16KiB to 4GiB a volume".into()),
     }
 }
 

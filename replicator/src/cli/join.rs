@@ -25,7 +25,7 @@ pub(super) fn run(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     let paths = &context.paths;
     let token = token(&args.token)?;
     let name = args.name.clone().map_or_else(host_name, Ok)?;
-    let devices = inventory::take(&[]).map_err(|error| {
+    let devices = inventory::take(&[], &paths.run.join("filter")).map_err(|error| {
         let hint = match error {
             inventory::InventoryError::Stalled(_) => {
                 "lsblk   (hangs until the device answers or is removed)"

@@ -54,6 +54,7 @@ pub struct AgentSide {
     stopped: Option<String>,
     state: StateDir,
     allow: Vec<PathBuf>,
+    filter_dir: PathBuf,
     /// Control as this agent dials it.
     control: String,
     inner: Mutex<Inner>,
@@ -76,6 +77,7 @@ impl AgentSide {
         state: StateDir,
         enrolment: Enrolment,
         allow: Vec<PathBuf>,
+        filter_dir: PathBuf,
         control: String,
     ) -> Result<Self, Failure> {
         let orders = Orders::new(state.read(ORDERS)?.unwrap_or_default());
@@ -91,7 +93,7 @@ impl AgentSide {
             enrolment,
             inventory: None,
         });
-        let side = Self { source, stopped, state, allow, control, inner };
+        let side = Self { source, stopped, state, allow, filter_dir, control, inner };
         if let Some(assignment) = assignment {
             side.follow(assignment);
         }
@@ -224,12 +226,13 @@ impl Side for AgentSide {
         if self.source.is_none() {
             return Ok(());
         }
-        let allow = self.allow.clone();
+        let (allow, filter) = (self.allow.clone(), self.filter_dir.clone());
         // lsblk and the devices themselves may be slow: not on the thread of the other loops.
-        let devices = match tokio::task::spawn_blocking(move || inventory::take(&allow)).await {
-            Ok(devices) => devices?,
-            Err(_) => return Ok(()),
-        };
+        let devices =
+            match tokio::task::spawn_blocking(move || inventory::take(&allow, &filter)).await {
+                Ok(devices) => devices?,
+                Err(_) => return Ok(()),
+            };
         let enrolment = {
             let mut inner = lock(&self.inner);
             if inner.inventory.as_ref() == Some(&devices) {

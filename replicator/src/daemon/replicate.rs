@@ -17,6 +17,7 @@ use crate::metrics;
 use crate::source::{Source, SourceConfig};
 use secondsite_control::pki::{Identity, Role};
 use secondsite_tracker::freeze::Freezer;
+use secondsite_tracker::splice::Splicer;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -40,7 +41,17 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
         Failure::new(Exit::Unavailable, error.to_string())
             .hint(format!("look at {}; run as root", paths.run.display()))
     })?;
+    // Only where there is device-mapper: nothing else is spliced.
+    let splicer = Path::new("/dev/mapper/control")
+        .exists()
+        .then(|| Splicer::start(&paths.run.join("splice")));
     log::start(format)?;
+    let splicer = splicer.and_then(|splicer| {
+        splicer.inspect_err(|error| tracing::warn!(%error, "no filter under volumes in use")).ok()
+    });
+    for volume in splicer.iter().flat_map(Splicer::resumed) {
+        tracing::warn!(volume, "an earlier agent had left it suspended: it goes on");
+    }
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(server = server_id, name = config.name, version, "agent started");
 
@@ -48,16 +59,18 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let shared = Shared::new(config.control.clone(), Arc::clone(&identity))
         .map_err(|error| Failure::new(Exit::Config, format!("{error:#}")))?;
     let pin_dir = Path::new(PIN_ROOT).join(&server_id);
+    let filter_dir = paths.run.join("filter");
     let source = if machine::from_hex(&enrolment.machine) == Some(here) {
         let changed = Arc::clone(&shared);
         let source = SourceConfig {
             identity,
             machine: here,
             pin_dir: pin_dir.clone(),
-            filter_dir: paths.run.join("filter"),
+            filter_dir: filter_dir.clone(),
             memory_bytes: config.memory_bytes,
             workers: config.workers,
             freezer,
+            splicer,
         };
         Ok(Source::start(source, Box::new(move || changed.changed())))
     } else {
@@ -68,7 +81,7 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
         tracing::error!("{why}");
         Err(why.to_string())
     };
-    let side = AgentSide::new(source, state, enrolment, config.allow, config.control)?;
+    let side = AgentSide::new(source, state, enrolment, config.allow, filter_dir, config.control)?;
     let side = Arc::new(side);
     let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
         Failure::new(Exit::Failed, format!("start of the link to control: {error}"))

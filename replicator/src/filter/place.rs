@@ -156,6 +156,10 @@ fn execute(
     if args.no_reissue {
         words.push("--no-reissue".into());
     }
+    words.push(format!("--preserve={}", args.preserve).into());
+    if let Some(mistake) = &args.mistake {
+        words.push(format!("--mistake={mistake}").into());
+    }
     if let Some(queues) = args.queues {
         words.push(format!("--queues={queues}").into());
     }

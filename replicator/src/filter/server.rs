@@ -15,7 +15,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use secondsite_tracker::device::Device;
 use secondsite_tracker::filter::beside::Beside;
-use secondsite_tracker::filter::gate::{Gate, NotCut};
+use secondsite_tracker::filter::gate::{Bug, Gate, NotCut};
 use secondsite_tracker::filter::shared::{Form, Group, Shared, group_path, volume_path};
 use secondsite_tracker::ublk::abi::{DeviceInfo, STATE_DEAD};
 use secondsite_tracker::ublk::device::{DEPTH, is_ours, mark_of, node_of, queues_for};
@@ -38,9 +38,6 @@ const BUSY_POLL: Duration = Duration::from_millis(1);
 /// How often a device that is not there yet is looked for.
 const MISSING_POLL: Duration = Duration::from_secs(1);
 
-/// Memory for what a cut still needs of blocks that are overwritten, a volume.
-const PRESERVE_BYTES_MAX: u64 = 32 << 20;
-
 /// What became of an entry.
 struct Slot {
     entry: Entry,
@@ -60,6 +57,12 @@ pub(super) struct Server<'a> {
     slots: Vec<Slot>,
     reserves: BTreeMap<PathBuf, Arc<Backing>>,
     group: Group,
+    preserve_bytes: u64,
+    bug: Option<Bug>,
+}
+
+fn mistake(name: &str) -> Result<Bug, Failure> {
+    Bug::named(name).ok_or_else(|| Failure::new(Exit::Usage, format!("no known mistake {name:?}")))
 }
 
 /// Runs a server; comes back when it shall end, be it for good or for the next one.
@@ -82,7 +85,9 @@ pub(super) fn run(
     let group = Group::open(&group_path(&places.dir))
         .map_err(|error| Failure::new(Exit::Failed, format!("filter: {error}")))?;
     let (slots, reserves) = (Vec::new(), BTreeMap::new());
-    let mut server = Server { places, control, slots, reserves, group };
+    let bug = args.mistake.as_deref().map(mistake).transpose()?;
+    let preserve_bytes = args.preserve;
+    let mut server = Server { places, control, slots, reserves, group, preserve_bytes, bug };
     let options = Options { reissue: !args.no_reissue, queues: args.queues };
     server.start(entries, options)?;
     // Nobody reads it after the first: no keeper, or one that knows.
@@ -268,11 +273,12 @@ impl Server<'_> {
             Some(backing) => self.shared(entry, backing)?,
             // Every request fails before it is looked at.
             None => {
-                let form = form(4096, 4096, 0);
+                let form = form(4096, 4096, 0, 4096);
                 Shared::in_memory(form, &self.group, false, &Shared::heap(&form))
             }
         };
-        let gate = Arc::new(Gate::new(Arc::new(shared), queues.into(), depth.into()));
+        let gate = Gate::with_bug(Arc::new(shared), queues.into(), depth.into(), self.bug);
+        let gate = Arc::new(gate);
         Ok(Volume { id: entry.id.clone(), backing, reserve, gate })
     }
 
@@ -288,6 +294,7 @@ impl Server<'_> {
             device.size_bytes,
             entry.block_bytes,
             number << 32 | device.diskseq & u64::from(u32::MAX),
+            self.preserve_bytes,
         );
         let (shared, adopted) =
             Shared::create(&path, form, &self.group).map_err(|error| error.to_string())?;
@@ -369,9 +376,7 @@ impl Server<'_> {
         let words: Vec<_> = line.split_whitespace().collect();
         let one = |text: String| (vec![text], false);
         match words.as_slice() {
-            ["hello"] => {
-                one(format!("hello {} {}", env!("CARGO_PKG_VERSION"), std::process::id()))
-            }
+            ["hello"] => one(format!("hello {} {}", env!("CARGO_PKG_VERSION"), std::process::id())),
             ["list"] => {
                 let mut lines: Vec<_> = self.slots.iter().map(shown).collect();
                 lines.push("end".into());
@@ -463,9 +468,9 @@ impl Server<'_> {
     }
 }
 
-fn form(volume_bytes: u64, block_bytes: u32, identity: u64) -> Form {
+fn form(volume_bytes: u64, block_bytes: u32, identity: u64, preserve_bytes: u64) -> Form {
     let blocks = volume_bytes.div_ceil(u64::from(block_bytes));
-    let most = PRESERVE_BYTES_MAX / u64::from(block_bytes);
+    let most = (preserve_bytes / u64::from(block_bytes)).max(1);
     // Never all of a small volume: that much would not be overwritten before it is read.
     let memory_slots = most.min(blocks.div_ceil(4)) as u32;
     Form { volume_bytes, block_bytes, memory_slots, spill_slots: 0, identity }
@@ -494,10 +499,8 @@ fn identity(device: &Device) -> String {
 /// Holds a filter's block device, if nobody else does.
 fn hold(number: u32) -> Result<fs::File, String> {
     let node = node_of(number);
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
-        .open(&node);
+    let opened =
+        OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(&node);
     opened.map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => {
             let mounts = Device::open(&node).ok().and_then(|device| device.mounts().ok());

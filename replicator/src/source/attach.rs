@@ -3,10 +3,10 @@
 
 use crate::pulse;
 use crate::source::buffers::Memory;
+use crate::source::filter::{FilterTracker, FilteredDisk, behind_filter};
 use crate::source::observation::Freezes;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
-use crate::source::filter::{FilterTracker, FilteredDisk, behind_filter};
 use crate::source::seams::{Disk, DiskError, Freeze, Tracker};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{TrackerChoice, VolumeAssignment};
@@ -15,6 +15,7 @@ use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::{Audit, Ebpf};
 use secondsite_tracker::freeze::{Freezer, sync_file_system};
 use secondsite_tracker::marks::Marks;
+use secondsite_tracker::splice::Splicer;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub struct Places<'a> {
     pub pins: &'a Path,
     /// The folder of the filter.
     pub filter: &'a Path,
+    /// Puts it under volumes in use.
+    pub splicer: &'a Mutex<Option<Splicer>>,
 }
 
 /// Opens what is assigned.
@@ -45,6 +48,7 @@ pub fn attach(
     let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena, read_bytes)
         .map_err(|error| (error.code(), error.to_string()))?;
     let mut disk: Box<dyn Disk> = Box::new(disk);
+    let read_bytes = face.read_bytes.clone();
     let (chosen, why_not) = choose(assigned, &device, places)?;
     // One that has grown since it was protected is followed as it is now. After the tracker, which
     // notes a compare with its marks when it finds the device smaller than they are.
@@ -54,9 +58,11 @@ pub fn attach(
     let (name, tracker, ebpf): (_, Arc<dyn Tracker>, _) = match chosen {
         Chosen::Filter(filter) => {
             let tracker = Arc::new(filter);
-            if let Some(shared) = tracker.filtered() {
-                disk = Box::new(FilteredDisk { disk, shared: shared.clone(), path: path.clone() });
-            }
+            // Below the filter: a read above it would only pass through it.
+            let below = tracker.backing().clone();
+            let below = RingDisk::open(below, assigned.block_bytes, &memory.arena, read_bytes)
+                .map_err(|error| (error.code(), error.to_string()))?;
+            disk = Box::new(FilteredDisk { disk: Box::new(below), tracker: tracker.clone() });
             ("ublk", tracker, None)
         }
         Chosen::Ebpf(ebpf) => ("ebpf", ebpf.clone(), Some(ebpf)),
@@ -94,10 +100,17 @@ fn choose(
     places: &Places<'_>,
 ) -> Result<(Chosen, Option<NotAttached>), NotAttached> {
     let pins = places.pins;
-    if assigned.tracker == TrackerChoice::Ublk {
-        remove_pins(pins);
-        let filter = behind_filter(assigned, device, places.filter)?;
-        return Ok((Chosen::Filter(filter), None));
+    let mut no_filter = None;
+    let wanted = assigned.tracker == TrackerChoice::Ublk;
+    if wanted || assigned.tracker == TrackerChoice::Auto && device.is_mapped() {
+        match behind_filter(assigned, device, places) {
+            Ok(filter) => {
+                remove_pins(pins);
+                return Ok((Chosen::Filter(filter), None));
+            }
+            Err(why) if wanted => return Err(why),
+            Err((_, why)) => no_filter = Some(why),
+        }
     }
     if assigned.tracker == TrackerChoice::Compare {
         remove_pins(pins);
@@ -118,7 +131,8 @@ fn choose(
             let marks = ebpf.marks().clone();
             let device = device.clone();
             let ebpf = Mutex::new(Some(ebpf));
-            Ok((Chosen::Ebpf(Arc::new(EbpfTracker { ebpf, marks, device })), None))
+            let why = no_filter.map(|why| (Reason::FilterFailed, format!("no filter: {why}")));
+            Ok((Chosen::Ebpf(Arc::new(EbpfTracker { ebpf, marks, device })), why))
         }
         Err(why) if assigned.tracker == TrackerChoice::Ebpf => Err((
             Reason::TrackerUnavailable,

@@ -6,7 +6,7 @@
 //! notices, and the volume is opened anew, with a compare.
 
 use crate::filter::client::{self, Client, FilterError, Listed};
-use crate::source::attach::NotAttached;
+use crate::source::attach::{NotAttached, Places};
 use crate::source::seams::{Batch, Cutter, Disk, DiskError, Tracker};
 use crate::source::volume::lock;
 use secondsite_control::api::VolumeAssignment;
@@ -17,6 +17,7 @@ use secondsite_tracker::ebpf::Audit;
 use secondsite_tracker::filter::beside::Beside;
 use secondsite_tracker::filter::shared::{Group, Shared, group_path, volume_path};
 use secondsite_tracker::marks::Marks;
+use secondsite_tracker::splice::{Below, Lead, PAUSE_MAX, Refusal, Splicer, Through};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -31,41 +32,119 @@ const TRIES_MAX: u32 = 3;
 pub struct FilterTracker {
     shared: Arc<Shared>,
     beside: Beside,
+    backing: Device,
+    /// The volume, for messages.
+    path: PathBuf,
+    /// Of a volume that the filter was put under: that it still leads through it.
+    through: Option<Mutex<Through>>,
 }
 
-/// Finds the filter of a volume, or has it made.
+/// Finds the filter of a volume, or has it made; puts it under a volume of device-mapper.
 pub fn behind_filter(
+    assigned: &VolumeAssignment,
+    device: &Device,
+    places: &Places<'_>,
+) -> Result<FilterTracker, NotAttached> {
+    let splice = device.is_mapped() && !is_served(assigned, device, places.filter);
+    let mut splicer = lock(places.splicer);
+    let mut spliced = match splice {
+        true => Some(prepare(assigned, device, &mut splicer)?),
+        false => None,
+    };
+    let backing = match &spliced {
+        Some(below) => Device::open(&below.node).map_err(|error| refused(error.to_string()))?,
+        None => device.clone(),
+    };
+    let (shared, listed) = serve(assigned, &backing, places.filter)?;
+    let beside = Beside::open(&backing).map_err(|error| refused(error.to_string()))?;
+    let mut through = None;
+    if let (Some(below), Some(splicer)) = (spliced.take(), splicer.as_mut()) {
+        let served = listed.device.as_deref().unwrap_or(Path::new("/"));
+        if below.through.is_none() {
+            // Until now its writes went another way. Stored first: a crash after the change must
+            // not leave marks that look whole.
+            shared.marks().set_compare_due(true);
+            splicer
+                .insert(&device.path, &assigned.id, served, PAUSE_MAX)
+                .map_err(|error| refused(error.to_string()))?;
+            beside.rebase(&shared).map_err(refused)?;
+        }
+        let looks =
+            Through::open(&device.path, served).map_err(|error| refused(error.to_string()))?;
+        let why = || refused(format!("{} does not lead through its filter", device.path.display()));
+        through = Some(Mutex::new(looks.ok_or_else(why)?));
+    }
+    let (shared, path) = (Arc::new(shared), device.path.clone());
+    Ok(FilterTracker { shared, beside, backing, path, through })
+}
+
+fn refused(why: String) -> NotAttached {
+    (Reason::FilterFailed, why)
+}
+
+/// Whether the filter was put in front of the device itself: a volume of device-mapper that was
+/// not in use.
+fn is_served(assigned: &VolumeAssignment, device: &Device, dir: &Path) -> bool {
+    let listed = Client::connect(dir, ANSWER_LIMIT).and_then(|client| client.list());
+    let mut volumes = listed.into_iter().flatten();
+    volumes.any(|listed| listed.id == assigned.id && listed.backing == device.path)
+}
+
+/// The device below, with the table that the volume has, or had before it was spliced.
+fn prepare(
+    assigned: &VolumeAssignment,
+    device: &Device,
+    splicer: &mut Option<Splicer>,
+) -> Result<Below, NotAttached> {
+    let none = || refused("device-mapper cannot be reached: see the agent's log".into());
+    let splicer = splicer.as_mut().ok_or_else(none)?;
+    let (path, id) = (&device.path, assigned.id.as_str());
+    match splicer.prepare(path, id) {
+        Err(error) if matches!(error.refusal(), Some(Refusal::Replaced)) => {
+            // It was given another table: a longer one, as a rule.
+            splicer.regrow(path, id, PAUSE_MAX).map_err(|error| refused(error.to_string()))
+        }
+        prepared => prepared.map_err(|error| refused(error.to_string())),
+    }
+}
+
+/// Has the filter serve the backing device, and opens what it shares.
+fn serve(
     assigned: &VolumeAssignment,
     backing: &Device,
     dir: &Path,
-) -> Result<FilterTracker, NotAttached> {
-    let refused = |why: String| (Reason::FilterFailed, why);
-    let listed = find(assigned, &backing.path, dir).map_err(|error| match error {
-        FilterError::Silent { .. } => (Reason::FilterAbsent, error.to_string()),
-        error => refused(error.to_string()),
-    })?;
-    if listed.block_bytes != assigned.block_bytes {
-        return Err(refused(format!(
-            "the filter of {} follows blocks of {} bytes, and {} are asked for",
-            assigned.name, listed.block_bytes, assigned.block_bytes
-        )));
+) -> Result<(Shared, Listed), NotAttached> {
+    let mut again = true;
+    loop {
+        let listed = find(assigned, &backing.path, dir).map_err(|error| match error {
+            FilterError::Silent { .. } => (Reason::FilterAbsent, error.to_string()),
+            error => refused(error.to_string()),
+        })?;
+        if listed.block_bytes != assigned.block_bytes {
+            return Err(refused(format!(
+                "the filter of {} follows blocks of {} bytes, and {} are asked for",
+                assigned.name, listed.block_bytes, assigned.block_bytes
+            )));
+        }
+        if listed.device.is_none() {
+            return Err(refused(format!("the filter of {}: {}", assigned.name, listed.state)));
+        }
+        let group = Group::open(&group_path(dir)).map_err(|error| refused(error.to_string()))?;
+        let shared = Shared::open(&volume_path(dir, &assigned.id), &group)
+            .map_err(|error| refused(error.to_string()))?;
+        let (served, now) = (shared.form().volume_bytes, backing.size_bytes);
+        if served == now {
+            return Ok((shared, listed));
+        }
+        if !std::mem::take(&mut again) {
+            return Err(refused(format!(
+                "the filter of {} goes up to {served} bytes, the device up to {now}",
+                assigned.name
+            )));
+        }
+        // A device of ublk keeps its size: another one takes its place.
+        client::remove(dir, ADD_LIMIT, &assigned.id).map_err(|error| refused(error.to_string()))?;
     }
-    if listed.device.is_none() {
-        return Err(refused(format!("the filter of {}: {}", assigned.name, listed.state)));
-    }
-    let group = Group::open(&group_path(dir)).map_err(|error| refused(error.to_string()))?;
-    let shared = Shared::open(&volume_path(dir, &assigned.id), &group)
-        .map_err(|error| refused(error.to_string()))?;
-    if shared.form().volume_bytes != backing.size_bytes {
-        return Err(refused(format!(
-            "the filter of {} goes up to {} bytes, the device up to {}",
-            assigned.name,
-            shared.form().volume_bytes,
-            backing.size_bytes
-        )));
-    }
-    let beside = Beside::open(backing).map_err(|error| refused(error.to_string()))?;
-    Ok(FilterTracker { shared: Arc::new(shared), beside })
 }
 
 /// The name under `/dev/secondsite`.
@@ -104,14 +183,41 @@ fn find_once(
     client::add(dir, ADD_LIMIT, &assigned.id, backing, &name, block, reserve.as_deref())
 }
 
-/// Takes the filter of a volume out; nothing there is fine. Its users have to be gone.
-pub fn take_out(dir: &Path, id: &str) {
+/// Takes the filter of a volume out; nothing there is fine. In front of a device, its users have to
+/// be gone; from under a volume it is taken while that is in use.
+pub fn take_out(dir: &Path, splicer: &Mutex<Option<Splicer>>, assigned: &VolumeAssignment) {
+    let stays = |error: &dyn std::fmt::Display| {
+        let (volume, name) = (&assigned.id, &assigned.name);
+        tracing::warn!(volume, name, %error, "its filter stays: it passes everything through");
+    };
     let listed = Client::connect(dir, ANSWER_LIMIT).and_then(|client| client.list());
     let Ok(volumes) = listed else { return };
-    if volumes.iter().any(|listed| listed.id == id)
-        && let Err(error) = client::remove(dir, ADD_LIMIT, id)
-    {
-        tracing::warn!(volume = id, %error, "its filter stays: it passes everything through");
+    let Some(listed) = volumes.iter().find(|listed| listed.id == assigned.id) else { return };
+    let mut splicer = lock(splicer);
+    let splicer = splicer.as_mut().filter(|_| listed.backing != Path::new(&assigned.path));
+    let Some(splicer) = splicer else {
+        if let Err(error) = client::remove(dir, ADD_LIMIT, &assigned.id) {
+            stays(&error);
+        }
+        return;
+    };
+    if let Err(error) = splicer.take_out(Path::new(&assigned.path), &assigned.id, PAUSE_MAX) {
+        return stays(&error);
+    }
+    match client::remove(dir, ADD_LIMIT, &assigned.id) {
+        Ok(()) => drop(splicer.remove_below(&assigned.id).map_err(|error| stays(&error))),
+        Err(error) => stays(&error),
+    }
+}
+
+impl FilterTracker {
+    /// What the filter writes to.
+    pub fn backing(&self) -> &Device {
+        &self.backing
+    }
+
+    fn leads(&self) -> Lead {
+        self.through.as_ref().map_or(Lead::Through, |through| lock(through).look())
     }
 }
 
@@ -120,7 +226,10 @@ impl Tracker for FilterTracker {
         self.shared.marks()
     }
     fn audit(&self) -> Audit {
-        self.beside.audit(&self.shared)
+        match self.leads() {
+            Lead::Through => self.beside.audit(&self.shared),
+            lead => Audit::Gap(format!("{} went past its filter: {lead:?}", self.path.display())),
+        }
     }
     fn rebase(&self) -> Result<(), String> {
         self.beside.rebase(&self.shared)
@@ -140,23 +249,29 @@ impl Tracker for FilterTracker {
     }
 }
 
-/// The backing device, as long as the filter in front of it is the one whose memory is mapped.
+/// The backing device, as long as the filter in front of it is the one whose memory is mapped, and
+/// everything goes through it.
 pub struct FilteredDisk {
     /// The backing device.
     pub disk: Box<dyn Disk>,
-    /// What is mapped.
-    pub shared: Arc<Shared>,
-    /// The volume, for messages.
-    pub path: PathBuf,
+    /// Its filter.
+    pub tracker: Arc<FilterTracker>,
 }
 
 impl Disk for FilteredDisk {
     fn check(&mut self) -> Result<(), DiskError> {
-        if !self.shared.is_current() {
-            let cause = "its filter began anew".into();
-            return Err(DiskError::Gone { path: self.path.clone(), cause });
-        }
-        self.disk.check()
+        let path = self.tracker.path.clone();
+        let cause = match self.tracker.leads() {
+            Lead::Through if self.tracker.shared.is_current() => return self.disk.check(),
+            Lead::Through => "its filter began anew",
+            Lead::Grown(sectors) => {
+                let (before, now) = (self.tracker.backing.size_bytes, sectors << 9);
+                return Err(DiskError::Grown { path, before, now });
+            }
+            Lead::Replaced => "its table was replaced, and it went past its filter",
+            Lead::Gone => "there is no such volume any more",
+        };
+        Err(DiskError::Gone { path, cause: cause.into() })
     }
     fn submit(&mut self, batch: Batch) -> Result<(), DiskError> {
         self.disk.submit(batch)

@@ -48,6 +48,7 @@ use crate::source::volume::{Bell, Status, lock};
 use secondsite_control::api::{AgentAssignment, AgentReport, Order, VolumeReport};
 use secondsite_control::pki::Identity;
 use secondsite_tracker::freeze::Freezer;
+use secondsite_tracker::splice::Splicer;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -70,6 +71,9 @@ pub struct SourceConfig {
     pub workers: usize,
     /// The freezer, started before any thread.
     pub freezer: Freezer,
+    /// Puts the filter under volumes in use, where there is device-mapper; started before any
+    /// thread.
+    pub splicer: Option<Splicer>,
 }
 
 /// How long [`Source::stop`] waits for threads; what they hold open until they end does no harm.
@@ -96,6 +100,7 @@ impl Source {
             machine: config.machine,
             pin_dir: config.pin_dir,
             filter_dir: config.filter_dir,
+            splicer: Mutex::new(config.splicer),
             memory: Arc::new(memory),
             workers: Arc::new(workers),
             protected: Arc::new(Mutex::new(Protected::default())),

@@ -16,6 +16,7 @@ use crate::source::shipper::{Commons, Shipper};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{AgentAssignment, TrackerChoice, VolumeAssignment, VolumePhase};
 use secondsite_format::ids::{ServerId, VolumeId};
+use secondsite_tracker::splice::Splicer;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -122,6 +123,7 @@ pub struct Runner {
     pub(super) machine: [u8; 32],
     pub(super) pin_dir: PathBuf,
     pub(super) filter_dir: PathBuf,
+    pub(super) splicer: Mutex<Option<Splicer>>,
     pub(super) memory: Arc<Memory>,
     pub(super) workers: Arc<Workers>,
     pub(super) protected: Arc<Mutex<Protected>>,
@@ -291,7 +293,8 @@ impl Thread {
             // What an earlier attempt opened is closed before it is opened anew.
             tracker = None;
             let (memory, bell) = (&self.runner.memory, &self.runner.bell);
-            let places = Places { pins: &pins, filter: &self.runner.filter_dir };
+            let (filter, splicer) = (&self.runner.filter_dir, &self.runner.splicer);
+            let places = Places { pins: &pins, filter, splicer };
             match pulse::outside(|| attach(&self.assigned, &places, &self.face, memory, bell)) {
                 Ok((volume, ebpf)) => {
                     let volume = Arc::new(volume);
@@ -361,7 +364,7 @@ impl Thread {
         }
         remove_pins(pins);
         if matches!(self.assigned.tracker, TrackerChoice::Ublk | TrackerChoice::Auto) {
-            take_out(&self.runner.filter_dir, &self.assigned.id);
+            take_out(&self.runner.filter_dir, &self.runner.splicer, &self.assigned);
         }
     }
 }

@@ -67,6 +67,9 @@ impl Facts for Unknown {
     fn ebpf(&self) -> Result<(), String> {
         Ok(())
     }
+    fn filter(&self) -> Result<(), String> {
+        Ok(())
+    }
     fn start_bytes(&self, _: &str) -> Option<u64> {
         Some(1 << 20)
     }

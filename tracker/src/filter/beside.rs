@@ -33,9 +33,7 @@ impl Beside {
             Ok(kernel) => match kernel.wrapping_sub(baseline).wrapping_sub(submitted).cast_signed()
             {
                 ..=0 => Audit::Good,
-                sectors => {
-                    Audit::Gap(format!("{sectors} sectors were written beside the filter"))
-                }
+                sectors => Audit::Gap(format!("{sectors} sectors were written beside the filter")),
             },
         }
     }

@@ -21,7 +21,8 @@ use crate::filter::keeper::{Keeper, Verdict};
 use crate::filter::shared::{DEPTH_MAX, Group, LANES_MAX, Shared};
 use crate::marks::BlockRun;
 use std::ops::Range;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Lanes of all volumes of a group at most.
@@ -59,6 +60,8 @@ pub type Wake = u64;
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Bug {
+    /// After a flip the first writes of every second volume count as if they had come before it.
+    FlipApart,
     /// A block with an earlier write in flight is read, or preserved, at once.
     ReadInFlight,
     /// Nothing is preserved.
@@ -69,6 +72,21 @@ pub enum Bug {
     NoMarkAtFlip,
     /// Nor those in flight when a filter died.
     ForgetInFlight,
+}
+
+impl Bug {
+    /// By its name.
+    pub fn named(name: &str) -> Option<Self> {
+        let all = [
+            Self::FlipApart,
+            Self::ReadInFlight,
+            Self::NoPreserve,
+            Self::NoSecondMark,
+            Self::NoMarkAtFlip,
+            Self::ForgetInFlight,
+        ];
+        all.into_iter().find(|bug| format!("{bug:?}") == name)
+    }
 }
 
 /// A write in flight.
@@ -90,7 +108,12 @@ pub struct Gate {
     lanes: Vec<Mutex<Lane>>,
     keeper: Mutex<Keeper>,
     bug: Option<Bug>,
+    /// With [`Bug::FlipApart`]: writes that are yet to be taken for older ones.
+    late: AtomicU32,
 }
+
+/// Writes that [`Bug::FlipApart`] takes for older ones.
+const LATE: u32 = 40;
 
 /// Why there is no cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -122,6 +145,7 @@ impl Gate {
             keeper: Mutex::new(Keeper::new(lanes * depth)),
             shared,
             bug,
+            late: AtomicU32::new(0),
         }
     }
 
@@ -181,7 +205,10 @@ impl Gate {
         let flip = self.shared.turn().flipped();
         // Also if it has to wait: a block that was preserved is in no bitmap but by this mark.
         marks.mark(run);
-        if flip != 0
+        if self.bug == Some(Bug::FlipApart) && self.late.load(Relaxed) > 0 {
+            self.late.fetch_sub(1, Relaxed);
+            marks.mark_cut(run);
+        } else if flip != 0
             && self.bug != Some(Bug::NoPreserve)
             && marks.cut_holds(run)
             && !self.shared.is_fallen(flip)
@@ -283,7 +310,10 @@ impl Gate {
             keeper.begin(old.filter(|_| gate.bug != Some(Bug::ReadInFlight)));
         }
         group.word()[0].store(flip, SeqCst);
-        for gate in gates {
+        for (number, gate) in gates.enumerate() {
+            if number % 2 == 1 {
+                gate.late.store(LATE, Relaxed);
+            }
             if lock(&gate.keeper).is_settled() {
                 gate.shared.set_settled(flip);
             }

@@ -15,7 +15,7 @@ use std::path::Path;
 
 pub(super) fn check(context: &Context, findings: &mut Findings) {
     pins(context, Path::new(PIN_ROOT), findings);
-    match inventory::take(&[]) {
+    match inventory::take(&[], &context.paths.run.join("filter")) {
         Ok(devices) if devices.is_empty() => {
             findings.warn("device", "no block device could be protected", "lsblk");
         }
