@@ -97,7 +97,7 @@ else
     virtiofsd=/usr/libexec/virtiofsd lab_packages=(/usr/libexec/virtiofsd=virtiofsd)
 fi
 lab_packages+=(qemu-system-x86_64=qemu-system-x86
-    modprobe=kmod xz=xz-utils setpriv=util-linux ip=iproute2 dmsetup=dmsetup "${real_packages[@]}")
+    modprobe=kmod xz=xz-utils setpriv=util-linux ip=iproute2 dmsetup=dmsetup lvm=lvm2 "${real_packages[@]}")
 
 # PostgreSQL for the tests that make a cluster of their own: the package would make and start one.
 need_postgresql() {

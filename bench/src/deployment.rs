@@ -76,6 +76,7 @@ impl Deployment {
             identity: Arc::new(Identity::load(&folder.join("agent"), "agent")?),
             machine: MACHINE,
             pin_dir: pins.clone(),
+            filter_dir: folder.join("filter"),
             memory_bytes: MEMORY_BYTES,
             workers: std::thread::available_parallelism().map_or(1, usize::from),
             freezer: Freezer::start(&folder.join("notes"))?,
@@ -89,6 +90,7 @@ impl Deployment {
             tracker: TrackerChoice::Ebpf,
             block_bytes: BLOCK_BYTES,
             excluded: Vec::new(),
+            reserve: None,
         };
         source.assign(AgentAssignment {
             version: 1,

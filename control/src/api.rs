@@ -17,6 +17,8 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub enum TrackerChoice {
     /// The best that the host offers.
     Auto,
+    /// A filter in the write path, or refuse.
+    Ublk,
     /// eBPF or refuse.
     Ebpf,
     /// By schedule, reading everything.
@@ -58,6 +60,10 @@ pub struct VolumeAssignment {
     /// Excluded byte ranges (offset, length): swap.
     #[serde(default)]
     pub excluded: Vec<(u64, u64)>,
+    /// Behind a filter: a device of the server where blocks are preserved that memory has no room
+    /// for.
+    #[serde(default)]
+    pub reserve: Option<String>,
 }
 
 /// Something to do once. Numbers rise per server; an order seen again is answered again, not done
@@ -407,6 +413,9 @@ pub struct ProtectRequest {
     pub keep: String,
     /// How to follow.
     pub tracker: TrackerChoice,
+    /// With a filter: a device of the server for what memory has no room to preserve.
+    #[serde(default)]
+    pub reserve: Option<String>,
     /// Unit of tracking, bytes; none: 4 KiB up to 4 TiB, 16 KiB above.
     pub block_bytes: Option<u32>,
     /// Ship swap too.

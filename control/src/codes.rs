@@ -311,6 +311,18 @@ TrackerUnavailable "tracker-unavailable" {
              "or compare by schedule instead: end" => "secondsite unprotect {server}",
              "then" => "secondsite protect {server} --volumes all --tracker auto"],
 }
+FilterAbsent "filter-absent" {
+    means: "The volume was protected with --tracker ublk, and no filter runs on the server to stand in its write path.",
+    safe: "Nothing of this volume is sent. If the filter was there before, its device waits and loses nothing. Points that are there stay.",
+    remedy: ["on {server}: start it" => "systemctl start secondsite-filter",
+             "on {server}: what it says" => "journalctl -u secondsite-filter -n 50"],
+}
+FilterFailed "filter-failed" {
+    means: "The filter runs and does not stand in front of this device: it may be mounted or in use, too large, or failing.",
+    safe: "The device is used as before. Nothing of this volume is sent. Points that are there stay. It is tried again by itself.",
+    remedy: ["on {server}: what stands where" => "secondsite filter --status",
+             "on {server}: what it says" => "journalctl -u secondsite-filter -n 50"],
+}
 TrackerFailed "tracker-failed" {
     means: "The kernel can run the tracker, but attaching it to this device failed.",
     safe: "Nothing of this volume is sent, since unseen writes could not be told. Points that are there stay. It is tried again by itself.",

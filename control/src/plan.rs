@@ -223,15 +223,30 @@ fn choose(server: &str, device: &InventoryDevice, request: &ProtectRequest) -> R
     let has = |tracker: &str| device.trackers.iter().any(|offered| offered == tracker);
     let tracker = match request.tracker {
         TrackerChoice::Auto => device.trackers[0].clone(),
+        TrackerChoice::Ublk if has("ublk") => "ublk".to_owned(),
         TrackerChoice::Ebpf if has("ebpf") => "ebpf".to_owned(),
         TrackerChoice::Compare if has("compare") => "compare".to_owned(),
         wished => {
-            let wished = if wished == TrackerChoice::Ebpf { "ebpf" } else { "compare" };
+            let wished = match wished {
+                TrackerChoice::Ublk => "ublk",
+                TrackerChoice::Ebpf => "ebpf",
+                TrackerChoice::Auto | TrackerChoice::Compare => "compare",
+            };
             let why = why_refused(device);
             return Err(unavailable(format!("{path} of {server} cannot have {wished}: {why}"))
                 .hint("--tracker auto"));
         }
     };
+    if let Some(reserve) = &request.reserve {
+        if tracker != "ublk" {
+            let message = format!("--reserve is for a filter, and {path} of {server} has {tracker}");
+            return Err(Refused::conflict(exit::USAGE, message).hint("--tracker ublk"));
+        }
+        if reserve == path {
+            let message = format!("{path} cannot be its own reserve");
+            return Err(Refused::conflict(exit::USAGE, message).hint("--reserve DEVICE"));
+        }
+    }
     let swap: &[_] = if request.include_swap { &[] } else { &device.swap };
     let block_bytes = request.block_bytes.unwrap_or(match device.size_bytes {
         ..=SMALL_VOLUME_BYTES_MAX => BLOCK_BYTES_MIN,

@@ -70,6 +70,7 @@ fn agent_assignment() -> AgentAssignment {
             tracker: TrackerChoice::Auto,
             block_bytes: 4096,
             excluded: vec![(1 << 30, 2 << 30)],
+            reserve: None,
         }],
     }
 }

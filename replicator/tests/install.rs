@@ -90,6 +90,7 @@ fn everything_is_there_and_uninstalling_keeps_what_is_yours() {
         ("usr/bin/secondsite", 0o755),
         ("usr/lib/sysusers.d/secondsite.conf", 0o644),
         ("usr/lib/tmpfiles.d/secondsite.conf", 0o644),
+        ("usr/lib/udev/rules.d/59-secondsite-filtered.rules", 0o644),
         ("usr/lib/udev/rules.d/59-secondsite-replicas.rules", 0o644),
         ("usr/share/bash-completion/completions/secondsite", 0o644),
         ("usr/share/zsh/vendor-completions/_secondsite", 0o644),

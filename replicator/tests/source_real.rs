@@ -121,6 +121,7 @@ impl Site {
             identity: identity(&self.folder, &self.authority, "agent", &Role::Agent(SERVER.into())),
             machine: MACHINE,
             pin_dir: self.pins.clone(),
+            filter_dir: self.folder.join("filter"),
             memory_bytes: 64 << 20,
             workers: 2,
             freezer: Freezer::start(&self.folder.join("notes")).unwrap(),
@@ -134,6 +135,7 @@ impl Site {
             tracker: self.tracker,
             block_bytes: 4096,
             excluded: Vec::new(),
+            reserve: None,
         };
         source.assign(AgentAssignment {
             version: 1,

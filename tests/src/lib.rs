@@ -17,6 +17,8 @@ pub mod network;
 pub mod ordered;
 pub mod postgres;
 pub mod random;
+pub mod site;
+pub mod stamps;
 pub mod threads;
 
 use std::time::{Duration, Instant};

@@ -144,13 +144,25 @@ impl Device {
     /// device-mapper; each once, however often it is mounted. Mounts of other namespaces are not
     /// seen.
     pub fn mounts(&self) -> Result<Vec<Mount>, DeviceError> {
+        mounts::on(&self.stack())
+            .map_err(|cause| error(&self.path, "list mounts", cause.to_string()))
+    }
+
+    /// The swap areas in use that lie on the device, as [`Self::mounts`].
+    pub fn swaps(&self) -> Result<Vec<PathBuf>, DeviceError> {
+        mounts::swaps_on(&self.stack())
+            .map_err(|cause| error(&self.path, "list swap areas", cause.to_string()))
+    }
+
+    /// The numbers of the device, of its parts, and of all that lies on them.
+    fn stack(&self) -> BTreeSet<(u32, u32)> {
         let mut stack = BTreeSet::new();
         let own = sysfs_of(self.major, self.minor);
         add_with_holders(&own, &mut stack, 0);
         for part in partitions_of(&own) {
             add_with_holders(&part, &mut stack, 0);
         }
-        mounts::on(&stack).map_err(|cause| error(&self.path, "list mounts", cause.to_string()))
+        stack
     }
 }
 
@@ -172,13 +184,13 @@ fn boot_id() -> io::Result<[u8; 16]> {
     }
 }
 
-fn number_of(sysfs: &Path) -> Option<(u32, u32)> {
+pub(crate) fn number_of(sysfs: &Path) -> Option<(u32, u32)> {
     let text = fs::read_to_string(sysfs.join("dev")).ok()?;
     let (major, minor) = text.trim().split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-fn name_of(sysfs: &Path) -> String {
+pub(crate) fn name_of(sysfs: &Path) -> String {
     let name = fs::canonicalize(sysfs).unwrap_or_else(|_| sysfs.to_path_buf());
     name.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
@@ -188,7 +200,7 @@ fn node_of(sysfs: &Path) -> PathBuf {
     Path::new("/dev").join(name_of(sysfs).replace('!', "/"))
 }
 
-fn folders_in(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn folders_in(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut paths: Vec<_> = entries.map(|entry| entry.path()).collect();
     paths.sort();

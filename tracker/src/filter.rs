@@ -9,6 +9,7 @@
 //! Nothing here does I/O or knows a clock, so the same code runs behind real queues and in a
 //! simulation.
 
+pub mod beside;
 pub mod gate;
 mod keeper;
 mod mapped;

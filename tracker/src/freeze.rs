@@ -79,7 +79,7 @@ impl Freezer {
         let watcher = std::thread::Builder::new().name("freeze-watch".into()).spawn({
             let watch = watch.clone();
             move || {
-                child::wait_for_end(pid);
+                crate::locked::wait_for_end(pid);
                 let mut watched = watch.lock();
                 watched.child_is_gone = true;
                 // Nobody else keeps its time now.

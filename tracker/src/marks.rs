@@ -44,6 +44,7 @@ pub struct Marks<W = AtomicU64> {
     fallen: Option<Memory<W>>,
     /// The flip of the cut that stands; 0 until this process has heard of it.
     flip: AtomicU64,
+    collected: AtomicBool,
 }
 
 /// What a filter's marks have besides: the other live bitmap, whose turn it is, and what fell.
@@ -116,6 +117,7 @@ impl<W: Word> Marks<W> {
             changing: Mutex::new(()),
             fallen,
             flip: AtomicU64::new(0),
+            collected: AtomicBool::new(false),
         }
     }
 
@@ -135,7 +137,18 @@ impl<W: Word> Marks<W> {
     fn has_fallen(&self) -> bool {
         let flip = self.flip.load(Relaxed);
         let fallen = |word: &Memory<W>| word[0].load(Ordering::SeqCst) == flip;
-        flip != 0 && self.fallen.as_ref().is_some_and(fallen)
+        flip != 0 && !self.collected.load(Relaxed) && self.fallen.as_ref().is_some_and(fallen)
+    }
+
+    /// The cut was made, or begun, and not settled: it stands, or the filter gave it up and nobody
+    /// has followed yet.
+    pub fn is_open(&self) -> bool {
+        self.header().cut().state == State::Stands
+    }
+
+    /// All of what the cut holds was read, and it stood then: nothing can fall any more.
+    pub fn collected(&self) {
+        self.collected.store(true, Relaxed);
     }
 
     /// The cut that stands was made, with this flip of the filter's group.
@@ -182,6 +195,7 @@ impl<W: Word> Marks<W> {
         assert!(cut.state != State::Stands, "begin: the cut of epoch {} stands", cut.epoch);
         assert!(self.bitmaps.taken_is_clear(), "begin: the taken bitmap is not clear");
         self.flip.store(0, Relaxed);
+        self.collected.store(false, Relaxed);
         self.header().set_cut(CutSlot { epoch, cut_id, state: State::Stands, ..cut });
     }
 

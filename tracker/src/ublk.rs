@@ -11,8 +11,6 @@ pub mod backing;
 pub mod control;
 pub mod device;
 mod discard;
-#[doc(hidden)]
-pub mod gate;
 mod memory;
 mod preserve;
 mod queue;

@@ -197,7 +197,9 @@ impl World {
         self.gates = (0..VOLUMES)
             .map(|v| {
                 let shared = Shared::in_memory(form(), self.group(v), false, &self.memory[v]);
-                Gate::with_bug(Arc::new(shared), LANES, DEPTH, bug)
+                let gate = Gate::with_bug(Arc::new(shared), LANES, DEPTH, bug);
+                gate.take_over();
+                gate
             })
             .collect();
     }

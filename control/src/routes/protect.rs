@@ -136,7 +136,8 @@ async fn take_up(
         None => ids::new(),
     };
     let (block_bytes, excluded) = (chosen.planned.block_bytes, &chosen.excluded);
-    Ok(Volume::protected(id, &server.id, device, request.tracker, block_bytes, excluded)?)
+    let reserve = request.reserve.clone();
+    Ok(Volume::protected(id, &server.id, device, request.tracker, block_bytes, excluded, reserve)?)
 }
 
 async fn give_up_orders(

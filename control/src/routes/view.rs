@@ -46,6 +46,7 @@ pub(super) async fn agent_assignment(
             tracker: volume.tracker()?,
             block_bytes: volume.block_bytes(),
             excluded: volume.excluded()?,
+            reserve: volume.reserve.clone(),
         })
     });
     Ok(AgentAssignment {

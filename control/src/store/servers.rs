@@ -57,6 +57,7 @@ pub(crate) struct Volume {
     pub(crate) block_bytes: i64,
     excluded: String,
     pub(crate) state: VolumeState,
+    pub(crate) reserve: Option<String>,
 }
 
 impl Volume {
@@ -68,6 +69,7 @@ impl Volume {
         tracker: TrackerChoice,
         block_bytes: u32,
         excluded: &[(u64, u64)],
+        reserve: Option<String>,
     ) -> Result<Self> {
         Ok(Self {
             id,
@@ -79,6 +81,7 @@ impl Volume {
             block_bytes: i64::from(block_bytes),
             excluded: serde_json::to_string(excluded)?,
             state: VolumeState::Protected,
+            reserve,
         })
     }
 
@@ -221,10 +224,11 @@ pub(crate) async fn volumes(db: &mut SqliteConnection, server: &str) -> Result<V
 pub(crate) async fn put_volume(db: &mut SqliteConnection, volume: &Volume) -> Result<()> {
     sqlx::query(
         "INSERT INTO volumes (id, server, name, path, size_bytes, tracker, block_bytes, excluded,
-                              state)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                              state, reserve)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
          ON CONFLICT (id) DO UPDATE SET path = excluded.path, size_bytes = excluded.size_bytes,
-             tracker = excluded.tracker, excluded = excluded.excluded, state = excluded.state",
+             tracker = excluded.tracker, excluded = excluded.excluded, state = excluded.state,
+             reserve = excluded.reserve",
     )
     .bind(&volume.id)
     .bind(&volume.server)
@@ -235,6 +239,7 @@ pub(crate) async fn put_volume(db: &mut SqliteConnection, volume: &Volume) -> Re
     .bind(volume.block_bytes)
     .bind(&volume.excluded)
     .bind(volume.state)
+    .bind(&volume.reserve)
     .execute(db)
     .await?;
     Ok(())

@@ -178,6 +178,7 @@ pub fn protect(volumes: &[&str]) -> ProtectRequest {
         goal_seconds: 30,
         keep: "none".to_owned(),
         tracker: TrackerChoice::Auto,
+        reserve: None,
         block_bytes: None,
         include_swap: false,
         dry_run: false,

@@ -200,6 +200,9 @@ pub struct ProtectArgs {
     /// How writes are followed
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: Tracker,
+    /// Device of the server for what a filter has to preserve and memory has no room for
+    #[arg(long, value_name = "DEVICE")]
+    pub reserve: Option<String>,
     /// Unit of tracking, a power of two [default: 4KiB up to 4 TiB, 16KiB above]
     #[arg(long, value_name = "SIZE", value_parser = block_size)]
     pub block_size: Option<u32>,
@@ -226,6 +229,9 @@ pub enum Keep {
 pub enum Tracker {
     /// The best that the host offers.
     Auto,
+    /// A filter in the write path or refuse. Users of an unmounted disk open /dev/secondsite/NAME
+    /// from then on.
+    Ublk,
     /// eBPF or refuse.
     Ebpf,
     /// By schedule, reading everything.
@@ -236,6 +242,7 @@ impl From<Tracker> for TrackerChoice {
     fn from(tracker: Tracker) -> Self {
         match tracker {
             Tracker::Auto => Self::Auto,
+            Tracker::Ublk => Self::Ublk,
             Tracker::Ebpf => Self::Ebpf,
             Tracker::Compare => Self::Compare,
         }

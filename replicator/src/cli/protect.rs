@@ -29,6 +29,7 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
             Keep::None => "none".into(),
         },
         tracker: args.tracker.into(),
+        reserve: args.reserve.clone(),
         block_bytes: args.block_size,
         include_swap: args.include_swap,
         dry_run: args.dry_run,

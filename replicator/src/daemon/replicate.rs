@@ -54,6 +54,7 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
             identity,
             machine: here,
             pin_dir: pin_dir.clone(),
+            filter_dir: paths.run.join("filter"),
             memory_bytes: config.memory_bytes,
             workers: config.workers,
             freezer,

@@ -171,23 +171,13 @@ impl Client {
         }
     }
 
-    /// Ends the epoch of these volumes, together.
-    pub fn cut(&self, sequence: u64, ids: &[&str]) -> Result<(), FilterError> {
-        self.expect(&format!("cut {sequence} {}", ids.join(" ")), "flipped")
-    }
-
-    /// Whether all writes from before that cut are done; else the volumes that still have some.
-    pub fn settled(&self, sequence: u64, ids: &[&str]) -> Result<Vec<String>, FilterError> {
-        let asked = format!("settled {sequence} {}", ids.join(" "));
+    /// Cuts these volumes at one instant; the number of the flip.
+    pub fn cut(&self, ids: &[&str]) -> Result<u64, FilterError> {
+        let asked = format!("cut {}", ids.join(" "));
         let answer = self.ask(&asked)?;
-        let words: Vec<_> = answer.split(' ').collect();
-        match words.as_slice() {
-            ["settled"] => Ok(Vec::new()),
-            ["waiting", rest @ ..] => Ok(rest.iter().map(|id| (*id).into()).collect()),
-            ["failed", ..] => Err(FilterError::Refused {
-                asked,
-                why: answer.trim_start_matches("failed ").into(),
-            }),
+        match answer.split_once(' ').map(|(word, rest)| (word, rest, rest.parse())) {
+            Some(("flipped", _, Ok(flip))) => Ok(flip),
+            Some(("failed", why, _)) => Err(FilterError::Refused { asked, why: why.into() }),
             _ => Err(FilterError::Nonsense { asked, answer }),
         }
     }

@@ -16,8 +16,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// What the tmpfs may hold: two versions of the program during an upgrade, lists, sockets.
-const SIZE: &str = "mode=0700,size=256m";
+/// What the tmpfs may hold: two versions of the program during an upgrade, and what is shared of
+/// each volume: 96 MiB a TiB at 4 KiB blocks, and up to 32 MiB of preserved ones.
+const SIZE: &str = "mode=0700,size=50%";
 /// A program larger than this is none.
 const PROGRAM_BYTES_MAX: u64 = 1 << 30;
 /// Folders of programs: `bin.PID`.

@@ -14,9 +14,11 @@ use crate::cli::failure::{Exit, Failure};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use secondsite_tracker::device::Device;
+use secondsite_tracker::filter::beside::Beside;
+use secondsite_tracker::filter::gate::{Gate, NotCut};
+use secondsite_tracker::filter::shared::{Form, Group, Shared, group_path, volume_path};
 use secondsite_tracker::ublk::abi::{DeviceInfo, STATE_DEAD};
-use secondsite_tracker::ublk::device::{is_ours, mark_of, node_of};
-use secondsite_tracker::ublk::gate::Gate;
+use secondsite_tracker::ublk::device::{DEPTH, is_ours, mark_of, node_of, queues_for};
 use secondsite_tracker::ublk::{Backing, Control, Options, Served, UblkError, Volume};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
@@ -36,9 +38,14 @@ const BUSY_POLL: Duration = Duration::from_millis(1);
 /// How often a device that is not there yet is looked for.
 const MISSING_POLL: Duration = Duration::from_secs(1);
 
+/// Memory for what a cut still needs of blocks that are overwritten, a volume.
+const PRESERVE_BYTES_MAX: u64 = 32 << 20;
+
 /// What became of an entry.
 struct Slot {
     entry: Entry,
+    /// Who decides on its writes, once its backing device could be had.
+    gate: Option<Arc<Gate>>,
     served: Option<Served>,
     /// `served`, or what is wrong.
     state: String,
@@ -52,6 +59,7 @@ pub(super) struct Server<'a> {
     control: Control,
     slots: Vec<Slot>,
     reserves: BTreeMap<PathBuf, Arc<Backing>>,
+    group: Group,
 }
 
 /// Runs a server; comes back when it shall end, be it for good or for the next one.
@@ -71,7 +79,10 @@ pub(super) fn run(
     let entries = volumes::read(&places.list_here())
         .map_err(|why| Failure::new(Exit::Config, format!("filter: {why}")))?;
     let control = Control::open().map_err(unavailable)?;
-    let mut server = Server { places, control, slots: Vec::new(), reserves: BTreeMap::new() };
+    let group = Group::open(&group_path(&places.dir))
+        .map_err(|error| Failure::new(Exit::Failed, format!("filter: {error}")))?;
+    let (slots, reserves) = (Vec::new(), BTreeMap::new());
+    let mut server = Server { places, control, slots, reserves, group };
     let options = Options { reissue: !args.no_reissue, queues: args.queues };
     server.start(entries, options)?;
     // Nobody reads it after the first: no keeper, or one that knows.
@@ -166,7 +177,11 @@ impl Server<'_> {
             Ok(backing) => (Some(Arc::new(backing)), "served".to_string()),
             Err(why) => (None, format!("every request fails: {why}")),
         };
-        let volume = self.volume(&entry, backing, &mut state);
+        let shape = (info.nr_hw_queues, info.queue_depth);
+        let volume = match self.volume(&entry, backing, shape, &mut state) {
+            Ok(volume) => volume,
+            Err(state) => return Slot { entry, gate: None, served: None, state, missing: false },
+        };
         let served = match Served::recover(&mut self.control, &volume, info, queue_failed) {
             Ok(served) => Some(served),
             Err(error) => {
@@ -179,19 +194,28 @@ impl Server<'_> {
         {
             state = format!("served, without a name: {error}");
         }
-        Slot { entry, served, state, missing: false }
+        let gate = volume.backing.is_some().then_some(volume.gate);
+        Slot { entry, gate, served, state, missing: false }
     }
 
     fn add(&mut self, entry: Entry, options: Options) -> Slot {
         let backing = match Backing::open(&entry.backing) {
             Ok(backing) => backing,
             Err(error) => {
-                return Slot { entry, served: None, state: error.to_string(), missing: true };
+                let state = error.to_string();
+                return Slot { entry, gate: None, served: None, state, missing: true };
             }
         };
         let note = identity(backing.device());
         let mut state = "served".to_string();
-        let volume = self.volume(&entry, Some(Arc::new(backing)), &mut state);
+        let queues =
+            options.queues.unwrap_or_else(|| queues_for(&backing, self.control.features()));
+        let options = Options { queues: Some(queues), ..options };
+        let shape = (queues, DEPTH);
+        let volume = match self.volume(&entry, Some(Arc::new(backing)), shape, &mut state) {
+            Ok(volume) => volume,
+            Err(state) => return Slot { entry, gate: None, served: None, state, missing: false },
+        };
         let (path, names) = (self.note_of(&entry.id), self.places.dir.join("names"));
         let line = format!("SECONDSITE_NAME={}\n", entry.name);
         // Both are there before the block device is: the next server, and udev, read them.
@@ -209,9 +233,13 @@ impl Server<'_> {
                 if let Err(error) = self.name(&entry.name, served.number) {
                     state = format!("served, without a name: {error}");
                 }
-                Slot { entry, served: Some(served), state, missing: false }
+                let gate = Some(volume.gate);
+                Slot { entry, gate, served: Some(served), state, missing: false }
             }
-            Err(error) => Slot { entry, served: None, state: error.to_string(), missing: false },
+            Err(error) => {
+                let state = error.to_string();
+                Slot { entry, gate: None, served: None, state, missing: false }
+            }
         }
     }
 
@@ -219,8 +247,9 @@ impl Server<'_> {
         &mut self,
         entry: &Entry,
         backing: Option<Arc<Backing>>,
+        (queues, depth): (u16, u16),
         state: &mut String,
-    ) -> Volume {
+    ) -> Result<Volume, String> {
         let reserve = entry.reserve.as_ref().and_then(|path| match self.reserves.get(path) {
             Some(reserve) => Some(reserve.clone()),
             None => match Backing::open(path) {
@@ -235,7 +264,39 @@ impl Server<'_> {
                 }
             },
         });
-        Volume { id: entry.id.clone(), backing, reserve, gate: Arc::new(Gate::default()) }
+        let shared = match &backing {
+            Some(backing) => self.shared(entry, backing)?,
+            // Every request fails before it is looked at.
+            None => {
+                let form = form(4096, 4096, 0);
+                Shared::in_memory(form, &self.group, false, &Shared::heap(&form))
+            }
+        };
+        let gate = Arc::new(Gate::new(Arc::new(shared), queues.into(), depth.into()));
+        Ok(Volume { id: entry.id.clone(), backing, reserve, gate })
+    }
+
+    /// What is shared with the agent: what is there, if it is of this very device.
+    fn shared(&self, entry: &Entry, backing: &Backing) -> Result<Shared, String> {
+        let path = volume_path(&self.places.dir, &entry.id);
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(folder)
+            .map_err(|error| format!("create {}: {error}", folder.display()))?;
+        let device = backing.device();
+        let number = u64::from(device.major) << 20 | u64::from(device.minor);
+        let form = form(
+            device.size_bytes,
+            entry.block_bytes,
+            number << 32 | device.diskseq & u64::from(u32::MAX),
+        );
+        let (shared, adopted) =
+            Shared::create(&path, form, &self.group).map_err(|error| error.to_string())?;
+        if !adopted {
+            // Nothing was let through yet.
+            let beside = Beside::open(device).map_err(|error| error.to_string())?;
+            beside.rebase(&shared)?;
+        }
+        Ok(shared)
     }
 
     /// Takes out what shall go and is used by nobody; the rest stays, and says why.
@@ -324,8 +385,23 @@ impl Server<'_> {
                 Ok(()) => (vec!["changed".into()], true),
                 Err(why) => one(format!("failed {why}")),
             },
+            ["cut", ids @ ..] => one(match self.cut(ids) {
+                Ok(flip) => format!("flipped {flip}"),
+                Err(why) => format!("failed {why}"),
+            }),
             _ => one("failed not understood".into()),
         }
+    }
+
+    /// Cuts these volumes at one instant.
+    fn cut(&self, ids: &[&str]) -> Result<u64, String> {
+        let mut gates = Vec::with_capacity(ids.len());
+        for id in ids {
+            let slot = self.slots.iter().find(|slot| slot.entry.id == *id);
+            let gate = slot.and_then(|slot| slot.gate.as_ref());
+            gates.push(gate.ok_or_else(|| format!("volume {id} is not served"))?.as_ref());
+        }
+        Gate::cut(&self.group, gates.iter().copied()).map_err(|error: NotCut| error.to_string())
     }
 
     /// Takes a new volume into the list, if it can be served.
@@ -385,6 +461,14 @@ impl Server<'_> {
         let entries: Vec<_> = self.slots.iter().filter_map(|slot| wish(&slot.entry)).collect();
         self.write(&entries)
     }
+}
+
+fn form(volume_bytes: u64, block_bytes: u32, identity: u64) -> Form {
+    let blocks = volume_bytes.div_ceil(u64::from(block_bytes));
+    let most = PRESERVE_BYTES_MAX / u64::from(block_bytes);
+    // Never all of a small volume: that much would not be overwritten before it is read.
+    let memory_slots = most.min(blocks.div_ceil(4)) as u32;
+    Form { volume_bytes, block_bytes, memory_slots, spill_slots: 0, identity }
 }
 
 /// Refuses what lies on a filter, or on what one of ours writes to.

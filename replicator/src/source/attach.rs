@@ -6,7 +6,8 @@ use crate::source::buffers::Memory;
 use crate::source::observation::Freezes;
 use crate::source::reader::RingDisk;
 use crate::source::runs::Shape;
-use crate::source::seams::{DiskError, Freeze, Tracker};
+use crate::source::filter::{FilterTracker, FilteredDisk, behind_filter};
+use crate::source::seams::{Disk, DiskError, Freeze, Tracker};
 use crate::source::volume::{Bell, Face, Volume, lock};
 use secondsite_control::api::{TrackerChoice, VolumeAssignment};
 use secondsite_control::codes::Reason;
@@ -21,10 +22,18 @@ use std::time::Duration;
 /// Why a volume is not attached: its code, and for people what, why, and the remedy.
 pub type NotAttached = (Reason, String);
 
+/// Where what outlives this process is found.
+pub struct Places<'a> {
+    /// The volume's pins.
+    pub pins: &'a Path,
+    /// The folder of the filter.
+    pub filter: &'a Path,
+}
+
 /// Opens what is assigned.
 pub fn attach(
     assigned: &VolumeAssignment,
-    pins: &Path,
+    places: &Places<'_>,
     face: &Arc<Face>,
     memory: &Memory,
     coordinator: &Arc<Bell>,
@@ -35,32 +44,42 @@ pub fn attach(
     let read_bytes = face.read_bytes.clone();
     let disk = RingDisk::open(device.clone(), assigned.block_bytes, &memory.arena, read_bytes)
         .map_err(|error| (error.code(), error.to_string()))?;
-    let (ebpf, why_not) = choose(assigned, &device, pins)?;
+    let mut disk: Box<dyn Disk> = Box::new(disk);
+    let (chosen, why_not) = choose(assigned, &device, places)?;
     // One that has grown since it was protected is followed as it is now. After the tracker, which
     // notes a compare with its marks when it finds the device smaller than they are.
     if device.size_bytes < assigned.size_bytes {
         return Err(shrunk(&device, assigned.size_bytes));
     }
-    let compare_only = ebpf.is_none();
-    let tracker: Arc<dyn Tracker> = match &ebpf {
-        Some(ebpf) => ebpf.clone(),
-        None => Arc::new(CompareTracker { marks: Arc::new(Marks::in_memory(shape.blocks())) }),
+    let (name, tracker, ebpf): (_, Arc<dyn Tracker>, _) = match chosen {
+        Chosen::Filter(filter) => {
+            let tracker = Arc::new(filter);
+            if let Some(shared) = tracker.filtered() {
+                disk = Box::new(FilteredDisk { disk, shared: shared.clone(), path: path.clone() });
+            }
+            ("ublk", tracker, None)
+        }
+        Chosen::Ebpf(ebpf) => ("ebpf", ebpf.clone(), Some(ebpf)),
+        Chosen::Compare => {
+            let marks = Arc::new(Marks::in_memory(shape.blocks()));
+            ("compare", Arc::new(CompareTracker { marks }), None)
+        }
     };
     face.update(|status| {
-        status.tracker = if compare_only { "compare" } else { "ebpf" };
+        status.tracker = name;
         (status.tracker_code, status.tracker_reason) =
             why_not.map_or_else(Default::default, |(code, why)| (Some(code), why));
     });
-    let volume = Volume::new(
-        face.clone(),
-        shape,
-        tracker,
-        compare_only,
-        path,
-        Box::new(disk),
-        coordinator.clone(),
-    );
+    let (face, bell) = (face.clone(), coordinator.clone());
+    let volume = Volume::new(face, shape, tracker, name == "compare", path, disk, bell);
     Ok((volume, ebpf))
+}
+
+/// What follows the writes.
+enum Chosen {
+    Filter(FilterTracker),
+    Ebpf(Arc<EbpfTracker>),
+    Compare,
 }
 
 fn shrunk(device: &Device, before: u64) -> NotAttached {
@@ -72,12 +91,18 @@ fn shrunk(device: &Device, before: u64) -> NotAttached {
 fn choose(
     assigned: &VolumeAssignment,
     device: &Device,
-    pins: &Path,
-) -> Result<(Option<Arc<EbpfTracker>>, Option<NotAttached>), NotAttached> {
+    places: &Places<'_>,
+) -> Result<(Chosen, Option<NotAttached>), NotAttached> {
+    let pins = places.pins;
+    if assigned.tracker == TrackerChoice::Ublk {
+        remove_pins(pins);
+        let filter = behind_filter(assigned, device, places.filter)?;
+        return Ok((Chosen::Filter(filter), None));
+    }
     if assigned.tracker == TrackerChoice::Compare {
         remove_pins(pins);
         let why = (Reason::CompareAsked, "asked for with --tracker compare".into());
-        return Ok((None, Some(why)));
+        return Ok((Chosen::Compare, Some(why)));
     }
     match Ebpf::supported() {
         Ok(()) => {
@@ -92,7 +117,8 @@ fn choose(
                 device = %device.path.display(), ?start, "tracked by eBPF");
             let marks = ebpf.marks().clone();
             let device = device.clone();
-            Ok((Some(Arc::new(EbpfTracker { ebpf: Mutex::new(Some(ebpf)), marks, device })), None))
+            let ebpf = Mutex::new(Some(ebpf));
+            Ok((Chosen::Ebpf(Arc::new(EbpfTracker { ebpf, marks, device })), None))
         }
         Err(why) if assigned.tracker == TrackerChoice::Ebpf => Err((
             Reason::TrackerUnavailable,
@@ -100,7 +126,7 @@ fn choose(
         )),
         Err(why) => {
             let why = format!("eBPF cannot run here: {why}; every cut compares everything");
-            Ok((None, Some((Reason::CompareNoEbpf, why))))
+            Ok((Chosen::Compare, Some((Reason::CompareNoEbpf, why))))
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::source::budget::FreezeBudget;
 use crate::source::buffers::Memory;
 use crate::source::orders::{CUT_LIMIT, EXIT_TRY_LATER, EXIT_UNAVAILABLE, Open, Orders};
 use crate::source::round::{Point, Round, Step, Tools};
-use crate::source::seams::{Env, Freeze};
+use crate::source::seams::{Cutter, Env, Freeze};
 use crate::source::volume::{Face, VerifyState, Volume, lock};
 use secondsite_control::api::{OrderKind, OrderResult, VerifyResult, VolumePhase};
 use secondsite_format::ids::VolumeId;
@@ -47,6 +47,7 @@ pub struct Coordinator {
     env: Arc<dyn Env>,
     memory: Arc<Memory>,
     freezer: Box<dyn Freeze>,
+    cutter: Box<dyn Cutter>,
     protected: Arc<Mutex<Protected>>,
     orders: Arc<Mutex<Orders>>,
     changed: Arc<dyn Fn() + Send + Sync>,
@@ -62,6 +63,7 @@ impl Coordinator {
         env: Arc<dyn Env>,
         memory: Arc<Memory>,
         freezer: Box<dyn Freeze>,
+        cutter: Box<dyn Cutter>,
         protected: Arc<Mutex<Protected>>,
         orders: Arc<Mutex<Orders>>,
         changed: Arc<dyn Fn() + Send + Sync>,
@@ -70,6 +72,7 @@ impl Coordinator {
             env,
             memory,
             freezer,
+            cutter,
             protected,
             orders,
             changed,
@@ -114,6 +117,7 @@ impl Coordinator {
                 env: self.env.as_ref(),
                 memory: &self.memory,
                 freezer: self.freezer.as_mut(),
+                cutter: self.cutter.as_mut(),
                 budget: &mut self.budget,
                 protected: &protected,
                 freeze_patience: if ordered { CUT_LIMIT } else { interval },

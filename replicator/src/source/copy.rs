@@ -103,6 +103,7 @@ impl Shipper {
             &volume,
             &runs,
             purpose,
+            |_| {},
             |encoded| {
                 for (offset, bytes) in &encoded.unreadable {
                     // Left out here, tried again as part of epoch 1.

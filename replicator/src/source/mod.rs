@@ -9,10 +9,12 @@ mod attach;
 mod backoff;
 pub mod budget;
 pub mod buffers;
+mod collect;
 mod compare;
 pub mod coordinator;
 mod copy;
 mod failure;
+mod filter;
 mod ledger;
 pub mod link;
 mod observation;
@@ -60,6 +62,8 @@ pub struct SourceConfig {
     pub machine: [u8; 32],
     /// Parent of the pin folders, one a volume: `/sys/fs/bpf/secondsite/ID`.
     pub pin_dir: PathBuf,
+    /// The folder of the filter, if one runs.
+    pub filter_dir: PathBuf,
     /// Memory for blocks on their way, bytes.
     pub memory_bytes: u64,
     /// Threads that digest and compress.
@@ -91,6 +95,7 @@ impl Source {
             place: Arc::new(Mutex::new(Where { target: None, identity: Some(config.identity) })),
             machine: config.machine,
             pin_dir: config.pin_dir,
+            filter_dir: config.filter_dir,
             memory: Arc::new(memory),
             workers: Arc::new(workers),
             protected: Arc::new(Mutex::new(Protected::default())),

@@ -1,17 +1,20 @@
 //! One round: from the beginning of a cut to the commit of its point on all members.
 //!
-//! Pre-copy passes until little is left, a barrier, then last passes in a quiet moment, else under
-//! a freeze, else unproven. A state machine: each step looks at what the members finished and gives
+//! Volumes that are watched from beside: pre-copy passes until little is left, a barrier, then last
+//! passes in a quiet moment, else under a freeze, else unproven. Volumes behind the filter: one
+//! flip at that moment, and what they held then is collected after it. Without any of the former
+//! that moment is at once. A state machine: each step looks at what the members finished and gives
 //! them their next task; it never waits, except for reads while file systems are frozen.
 
 use crate::source::budget::FreezeBudget;
 use crate::source::buffers::{BUFFER_BYTES, Memory};
 use crate::source::proof::{Doubt, last_pass, make_ready, prove, set_aside};
-use crate::source::seams::{Batch, Env, Freeze};
+use crate::source::seams::{Batch, Cutter, Env, Freeze};
 use crate::source::volume::{Bench, Outcome, Task, Verdict, Volume};
 use secondsite_control::codes::Reason;
 use secondsite_format::ids::{CutId, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
+use secondsite_tracker::ebpf::Audit;
 use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -30,6 +33,9 @@ const SYNCS_MAX: u32 = 4;
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 const FREEZE_PROOF: Duration = Duration::from_millis(150);
 const FREEZE_ATTEMPTS: u32 = 16;
+/// Tries of a flip, and the time between them: copies for the cut before may be under way.
+const FLIPS_MAX: u32 = 20;
+const FLIP_EVERY: Duration = Duration::from_millis(100);
 /// A member without a session holds the others up no longer.
 const AWAY_PATIENCE: Duration = Duration::from_secs(60);
 /// How often a round looks at its members without being rung for.
@@ -43,6 +49,8 @@ pub struct Tools<'a> {
     pub memory: &'a Memory,
     /// Freezes.
     pub freezer: &'a mut dyn Freeze,
+    /// Cuts volumes behind the filter.
+    pub cutter: &'a mut dyn Cutter,
     /// How much it may.
     pub budget: &'a mut FreezeBudget,
     /// All protected volumes of the server.
@@ -59,6 +67,8 @@ enum Stage {
     Quiet(Duration),
     Wait(Duration),
     Sync,
+    Flip(Duration),
+    Collect,
     Ship,
 }
 
@@ -93,10 +103,22 @@ pub struct Round {
     incomplete: bool,
     /// How many it began with, those aside that were unprotected meanwhile.
     begun_with: usize,
+    /// What was proven, when and how: until what lies behind the filter is collected.
+    made: Option<Made>,
+    /// Tries of the flip.
+    flips: u32,
     /// Buffers set aside for last passes.
     spare: Vec<Batch>,
     /// When it began.
     pub started: Duration,
+}
+
+/// A cut that was made.
+#[derive(Clone, Copy)]
+struct Made {
+    method: CutMethod,
+    exact: bool,
+    time_ns: u64,
 }
 
 /// A step's result.
@@ -128,6 +150,8 @@ impl Round {
             why: String::new(),
             exact: false,
             incomplete: false,
+            made: None,
+            flips: 0,
             spare: Vec::new(),
             started: env.now(),
         }
@@ -161,6 +185,8 @@ impl Round {
             Stage::Quiet(_) => (60, "waiting for a quiet moment"),
             Stage::Wait(_) => (65, "waiting until a freeze is allowed again"),
             Stage::Sync => (70, "writing file systems back before a freeze"),
+            Stage::Flip(_) => (75, "waiting for the filter"),
+            Stage::Collect => (80, "sending what the cut holds"),
             Stage::Ship => (85, "sending the last of it"),
         }
     }
@@ -185,10 +211,14 @@ impl Round {
                     self.attempts = 0;
                     self.stage = Stage::Quiet(now);
                 }
-                Stage::Quiet(at) | Stage::Wait(at) if now < at => return Step::Wait(at - now),
+                Stage::Quiet(at) | Stage::Wait(at) | Stage::Flip(at) if now < at => {
+                    return Step::Wait(at - now);
+                }
                 Stage::Quiet(_) => self.quiet(tools),
                 Stage::Wait(_) => self.give_all(Stage::Sync, Task::Sync),
                 Stage::Sync => self.synced(tools),
+                Stage::Flip(_) => self.flip_alone(tools),
+                Stage::Collect => self.ship(tools),
                 Stage::Ship => return Step::Ended(self.point()),
             }
         }
@@ -226,7 +256,20 @@ impl Round {
     fn begin(&mut self) {
         let cut_id = self.cut_id;
         self.members.retain(|volume| volume.begin(cut_id));
-        self.give_all(Stage::Pass, Task::Pass);
+        self.give_passes();
+    }
+
+    /// Volumes behind the filter need no passes, unless the epoch before was given up: then little
+    /// must be left, so that what is preserved for this one fits.
+    fn give_passes(&mut self) {
+        self.stage = Stage::Pass;
+        for volume in &self.members {
+            if !volume.is_filtered() || volume.face.status().give_ups > 0 {
+                volume.give(Task::Pass);
+            } else {
+                volume.control().outcome = Outcome::Done;
+            }
+        }
     }
 
     fn passed(&mut self, tools: &Tools<'_>) {
@@ -234,18 +277,50 @@ impl Round {
         // What is left of all of them fits twice into the buffers of the last passes.
         let share = tools.memory.last_count * BUFFER_BYTES / self.members.len().max(1);
         let small = (share / 2) as u64;
-        let left = |volume: &Arc<Volume>| {
-            volume.marks().live_count() * u64::from(volume.shape.block_bytes)
+        let is_much = |volume: &Arc<Volume>| {
+            let left = volume.marks().live_count() * u64::from(volume.shape.block_bytes);
+            match volume.tracker.filtered() {
+                None => left > small,
+                Some(shared) => {
+                    volume.face.status().give_ups > 0 && left > shared.form().area_bytes() / 2
+                }
+            }
         };
-        if self.passes < PASSES_MAX && self.members.iter().any(|volume| left(volume) > small) {
-            self.give_all(Stage::Pass, Task::Pass);
+        if self.passes < PASSES_MAX && self.members.iter().any(is_much) {
+            self.give_passes();
+        } else if self.tracked().is_empty() && self.members.iter().any(|v| v.is_filtered()) {
+            self.stage = Stage::Flip(tools.env.now());
         } else {
             self.give_all(Stage::Barrier, Task::Barrier);
         }
     }
 
+    /// Those that are watched from beside.
     fn tracked(&self) -> Vec<Arc<Volume>> {
-        self.members.iter().filter(|volume| !volume.compare_only).cloned().collect()
+        let beside = |volume: &&Arc<Volume>| !volume.compare_only && !volume.is_filtered();
+        self.members.iter().filter(beside).cloned().collect()
+    }
+
+    fn filtered(&self) -> Vec<Arc<Volume>> {
+        self.members.iter().filter(|volume| volume.is_filtered()).cloned().collect()
+    }
+
+    /// All volumes of the point lie behind the filter: nothing else is needed.
+    fn flip_alone(&mut self, tools: &mut Tools<'_>) {
+        match flip(&self.filtered(), tools.cutter) {
+            Ok(()) => self.cut(CutMethod::Hold, true, tools),
+            Err(_) if self.flips < FLIPS_MAX => {
+                self.flips += 1;
+                self.stage = Stage::Flip(tools.env.now() + FLIP_EVERY);
+            }
+            Err(why) => {
+                tracing::warn!(why, "the filter did not cut");
+                for volume in self.filtered() {
+                    volume.give(Task::GiveUp("the filter did not cut: see its log"));
+                }
+                self.members.retain(|volume| !volume.is_filtered());
+            }
+        }
     }
 
     /// A last pass in the hope that nothing is written meanwhile.
@@ -258,10 +333,15 @@ impl Round {
             let mut benches: Vec<_> = tracked.iter().map(|volume| volume.bench()).collect();
             self.make_ready(&tracked, &mut benches, tools.memory);
             attempt(&tracked, &mut benches, &mut self.spare)
+                .and_then(|()| flip_beside(&self.filtered(), &tracked, &mut benches, tools.cutter))
         };
         self.attempts += 1;
         match attempt {
             Ok(()) => self.cut(CutMethod::Quiet, true, tools),
+            Err(Failure::Flipped(why)) => {
+                self.why = why;
+                self.cut(CutMethod::Unproven, false, tools);
+            }
             Err(failure) => {
                 let busy = self.unproven(&tracked, failure);
                 if busy && self.attempts >= QUIET_ATTEMPTS {
@@ -313,6 +393,7 @@ impl Round {
                 self.members.retain(|volume| volume.id() != tracked[i].id());
                 false
             }
+            Failure::Flipped(_) => unreachable!("handled where the cut is made"),
             Failure::Doubt(Doubt::Resized(i)) | Failure::Disk(i) => {
                 // The shipper looks at the disk itself before it goes on, and says what is wrong.
                 tracked[i].give(Task::GiveUp("the volume cannot be read, or has another size"));
@@ -370,7 +451,7 @@ impl Round {
     /// of size is allocated before.
     fn freeze(&mut self, tools: &mut Tools<'_>) {
         let tracked = self.tracked();
-        let mounts = self.mounts();
+        let (mounts, filtered) = (self.mounts(), self.filtered());
         let mut result = Err(Failure::Doubt(Doubt::Busy(0)));
         let mut trouble = None;
         {
@@ -381,7 +462,9 @@ impl Round {
                 Err(error) => trouble = Some(error),
                 Ok(()) => {
                     for _ in 0..FREEZE_ATTEMPTS {
-                        result = attempt(&tracked, &mut benches, &mut self.spare);
+                        result = attempt(&tracked, &mut benches, &mut self.spare).and_then(|()| {
+                            flip_beside(&filtered, &tracked, &mut benches, tools.cutter)
+                        });
                         let busy = matches!(result, Err(Failure::Doubt(Doubt::Busy(_))));
                         if !busy || tools.env.now() > begun + FREEZE_PROOF {
                             break;
@@ -409,6 +492,10 @@ impl Round {
                 self.why += &format!(", and the freeze failed: {trouble}");
                 self.cut(CutMethod::Unproven, false, tools);
             }
+            (Err(Failure::Flipped(why)), None) => {
+                self.why = why;
+                self.cut(CutMethod::Unproven, false, tools);
+            }
             (Err(failure), None) => {
                 let busy = matches!(failure, Failure::Doubt(Doubt::Busy(_)));
                 if self.unproven(&tracked, failure) {
@@ -426,9 +513,42 @@ impl Round {
         }
     }
 
-    /// The cut is made: everybody sends the rest, signs and commits.
-    fn cut(&mut self, method: CutMethod, exact: bool, tools: &Tools<'_>) {
+    /// The cut is made. What lies behind the filter is collected first.
+    fn cut(&mut self, method: CutMethod, exact: bool, tools: &mut Tools<'_>) {
         self.spare.clear();
+        let filtered = self.filtered();
+        let mut exact = exact;
+        if filtered.iter().any(|volume| volume.marks().flip() == 0) {
+            // The point is fuzzy, so there was no moment to flip at: now is as good.
+            if let Err(why) = flip(&filtered, tools.cutter) {
+                tracing::warn!(why, "the filter did not cut");
+                let lost = |volume: &Arc<Volume>| volume.is_filtered();
+                self.members.iter().filter(|v| lost(v)).for_each(|volume| {
+                    volume.give(Task::GiveUp("the filter did not cut: see its log"));
+                });
+                self.members.retain(|volume| !lost(volume));
+            }
+        }
+        for volume in self.filtered() {
+            if let Audit::Gap(why) = volume.tracker.audit() {
+                volume.marks().set_compare_due(true);
+                volume.face.update(|status| status.audit_gaps += 1);
+                volume.control().doubt = Some(why);
+                volume.give(Task::GiveUp("something wrote beside the filter"));
+                self.members.retain(|member| !Arc::ptr_eq(member, &volume));
+                exact &= !self.members.is_empty();
+            }
+        }
+        self.made = Some(Made { method, exact, time_ns: tools.env.wall_ns() });
+        self.stage = Stage::Collect;
+        for volume in self.filtered() {
+            volume.give(Task::Collect);
+        }
+    }
+
+    /// Everything is read: everybody sends the rest, signs and commits.
+    fn ship(&mut self, tools: &Tools<'_>) {
+        let Some(Made { method, exact, time_ns: cut_time_ns }) = self.made else { return };
         // After the last read of any: only members whose header still says that the cut stands.
         let cut_id = self.cut_id;
         self.members.retain(|volume| {
@@ -441,10 +561,12 @@ impl Round {
         lacking.retain(|id| members.binary_search(id).is_err());
         lacking.sort_unstable();
         self.exact = exact;
-        let cut_time_ns = tools.env.wall_ns();
         for volume in &self.members {
-            let (method, exact) =
-                if volume.compare_only { (CutMethod::Compare, false) } else { (method, exact) };
+            let (method, exact) = match (volume.compare_only, volume.is_filtered()) {
+                (true, _) => (CutMethod::Compare, false),
+                (false, true) => (CutMethod::Hold, exact),
+                (false, false) => (method, exact),
+            };
             let consistency = if exact { Consistency::Crash } else { Consistency::Fuzzy };
             let fuzzy = match (volume.compare_only, exact) {
                 (true, _) | (_, true) => None,
@@ -468,15 +590,15 @@ impl Round {
         if self.incomplete {
             return None;
         }
-        let tracked = self.tracked();
-        let read = tracked.iter().all(|volume| volume.control().exact);
+        let followed = || self.members.iter().filter(|volume| !volume.compare_only);
+        let read = followed().all(|volume| volume.control().exact);
         let why = match (self.exact, read) {
             (true, false) => "some blocks cannot be read".into(),
             _ => self.why.clone(),
         };
         Some(Point {
             cut_id: self.cut_id,
-            exact: self.exact && read && !tracked.is_empty(),
+            exact: self.exact && read && followed().next().is_some(),
             why,
             members: self.members.iter().map(|volume| volume.id()).collect(),
             lacks_member: self.members.len() < self.begun_with,
@@ -487,6 +609,54 @@ impl Round {
 enum Failure {
     Doubt(Doubt),
     Disk(usize),
+    /// Those behind the filter were cut, and the others were not quiet then: why.
+    Flipped(String),
+}
+
+/// Cuts these behind the filter.
+fn flip(filtered: &[Arc<Volume>], cutter: &mut dyn Cutter) -> Result<(), String> {
+    let ids: Vec<VolumeId> = filtered.iter().map(|volume| volume.id()).collect();
+    let flip = cutter.cut(&ids)?;
+    // Seen in the memory that is mapped here: else it is not the filter's any more.
+    let here = |volume: &Arc<Volume>| {
+        volume.tracker.filtered().is_some_and(|shared| shared.flipped() == flip)
+    };
+    if !filtered.iter().all(here) {
+        return Err("the filter has begun anew".into());
+    }
+    filtered.iter().for_each(|volume| volume.marks().flipped(flip));
+    Ok(())
+}
+
+/// The others were just proven: cuts those behind the filter, and proves the others once more, so
+/// that all are cut at one instant.
+fn flip_beside(
+    filtered: &[Arc<Volume>],
+    tracked: &[Arc<Volume>],
+    benches: &mut [MutexGuard<'_, Bench>],
+    cutter: &mut dyn Cutter,
+) -> Result<(), Failure> {
+    if filtered.is_empty() {
+        return Ok(());
+    }
+    if filtered.iter().any(|volume| volume.marks().flip() != 0) {
+        let why = "the volumes behind the filter had been cut before the others were quiet";
+        return Err(Failure::Flipped(why.into()));
+    }
+    flip(filtered, cutter).map_err(Failure::Flipped)?;
+    let mut members: Vec<(&Volume, &mut Bench)> = tracked
+        .iter()
+        .map(|volume| volume.as_ref())
+        .zip(benches.iter_mut().map(|bench| &mut **bench))
+        .collect();
+    match prove(&mut members) {
+        Ok(()) => Ok(()),
+        Err(Doubt::Busy(i)) => Err(Failure::Flipped(format!(
+            "{} was written to while the volumes behind the filter were cut",
+            tracked[i].path.display()
+        ))),
+        Err(doubt) => Err(Failure::Doubt(doubt)),
+    }
 }
 
 fn attempt(

@@ -66,6 +66,20 @@ impl Shape {
         BlockRun { first, count: (offset + bytes).div_ceil(size) - first }
     }
 
+    /// A block as a piece that lies at `at` in its buffer.
+    pub fn piece(&self, block: u64, at: usize) -> Piece {
+        let (offset, bytes) = self.range(BlockRun { first: block, count: 1 });
+        Piece { offset, bytes: bytes as usize, at }
+    }
+
+    /// The part of a piece that these blocks of it are.
+    pub fn part(&self, piece: &Piece, run: BlockRun) -> Piece {
+        let (offset, bytes) = self.range(run);
+        let skipped = (offset - piece.offset) as usize;
+        let bytes = (bytes as usize).min(piece.bytes - skipped);
+        Piece { offset, bytes, at: piece.at + skipped }
+    }
+
     /// `runs` (rising) without what is excluded.
     pub fn included(&self, runs: &[BlockRun]) -> Vec<BlockRun> {
         subtract(runs, &self.excluded)

@@ -6,9 +6,11 @@
 use crate::source::buffers::Buffer;
 use secondsite_control::codes::Reason;
 use secondsite_format::frame::Frame;
+use secondsite_format::ids::VolumeId;
 use secondsite_format::manifest::{PUBLIC_KEY_BYTES, SIGNATURE_BYTES};
 use secondsite_format::message::{Hello, Refusal, Reply, Welcome};
 use secondsite_tracker::ebpf::Audit;
+use secondsite_tracker::filter::shared::Shared;
 use secondsite_tracker::marks::Marks;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -140,6 +142,16 @@ pub trait Tracker: Send + Sync {
     fn sync(&self, mount: &Path) -> Result<Duration, String>;
     /// Whether writes to the device are in flight now (true when that cannot be told).
     fn writes_in_flight(&self) -> bool;
+    /// What it shares with the filter that the writes go through, if there is one.
+    fn filtered(&self) -> Option<&Arc<Shared>> {
+        None
+    }
+}
+
+/// Cuts volumes behind the filter.
+pub trait Cutter: Send {
+    /// Cuts these at one instant; the number of the flip, or why not.
+    fn cut(&mut self, volumes: &[VolumeId]) -> Result<u64, String>;
 }
 
 /// Holds file systems still.

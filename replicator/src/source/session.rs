@@ -44,6 +44,9 @@ impl Shipper {
 
     fn welcomed(&mut self, link: Box<dyn Link>, welcome: &Welcome) -> Result<(), StepError> {
         let marks = self.volume.tracker.marks().clone();
+        if marks.is_open() && !marks.cut().stands {
+            self.give_up("the filter gave it up while there was no session");
+        }
         let cut = marks.cut();
         let begun = self.volume.control().cut;
         if let Some(cut_id) = begun
@@ -102,10 +105,18 @@ impl Shipper {
         if let Some(next) = plan.resume_from
             && let Some(ledger) = &mut self.ledger
         {
-            // These blocks are taken, but the frames that held them never arrived: a later pass
-            // takes and reads them again, and a higher pass wins.
-            let _bench = self.volume.bench();
-            ledger.rewind(next).into_iter().for_each(|run| marks.mark(run));
+            let lost = ledger.rewind(next);
+            if !lost.is_empty() && marks.flip() != 0 {
+                // They may have been overwritten since.
+                let cut_id = ledger.cut_id();
+                self.give_up("frames of what the cut held were lost with the connection");
+                self.drop_staged(cut_id)?;
+            } else {
+                // These blocks are taken, but the frames that held them never arrived: a later
+                // pass takes and reads them again, and a higher pass wins.
+                let _bench = self.volume.bench();
+                lost.into_iter().for_each(|run| marks.mark(run));
+            }
         }
         if plan.nothing_to_compare {
             // Every block is read from now on, and the tracker marks what is written meanwhile.

@@ -46,13 +46,18 @@ impl Shipper {
             }
             quota = quota.saturating_sub(taken);
             bench.pass += 1;
-            self.send_runs(&mut bench, &volume.shape.included(&runs))?;
+            self.send_runs(&mut bench, &volume.shape.included(&runs), |_| {})?;
         }
         Ok(())
     }
 
-    /// Reads and sends taken runs under the current pass.
-    fn send_runs(&mut self, bench: &mut Bench, runs: &[BlockRun]) -> Result<(), StepError> {
+    /// Reads and sends taken runs under the current pass; `read` sees each batch first.
+    pub(super) fn send_runs(
+        &mut self,
+        bench: &mut Bench,
+        runs: &[BlockRun],
+        read: impl FnMut(&mut Batch),
+    ) -> Result<(), StepError> {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
         let mut recorded: Vec<BlockRun> = Vec::new();
@@ -67,6 +72,7 @@ impl Shipper {
             &volume,
             runs,
             Purpose::Epoch,
+            read,
             |encoded| {
                 let (session, ledger) = self.parts()?;
                 if let Some((body, digest)) = encoded.body {
@@ -100,7 +106,11 @@ impl Shipper {
     }
 
     /// Sends what failed last passes hold as ordinary frames of their passes.
-    fn send_held(&mut self, bench: &mut Bench, held: Vec<Batch>) -> Result<(), StepError> {
+    pub(super) fn send_held(
+        &mut self,
+        bench: &mut Bench,
+        held: Vec<Batch>,
+    ) -> Result<(), StepError> {
         let volume = self.volume.clone();
         let commons = self.commons.clone();
         // By batch, not by block: a block may stand in several, and each must be recorded.

@@ -158,8 +158,7 @@ impl Shipper {
     fn follow(&mut self) -> Result<Duration, StepError> {
         let task = self.volume.control().task.clone();
         if let Some(task) = task {
-            self.task(task)?;
-            return Ok(Duration::ZERO);
+            return self.task(task);
         }
         if self.volume.marks().compare_due() && !self.volume.compare_only {
             self.begin_compare()?;
@@ -180,26 +179,32 @@ impl Shipper {
         }
     }
 
-    fn task(&mut self, task: Task) -> Result<(), StepError> {
+    /// Does it, or a part of it; when to be called again.
+    fn task(&mut self, task: Task) -> Result<Duration, StepError> {
         // A cut that was given up meanwhile has no tasks any more.
         if self.volume.control().cut.is_none() && task != Task::Compare {
             self.volume.finish(Outcome::Dropped("the epoch was given up".into()));
-            return Ok(());
+            return Ok(Duration::ZERO);
         }
         match task {
             Task::Compare => {
                 if !self.compare_slice()? {
-                    return Ok(());
+                    return Ok(Duration::ZERO);
                 }
             }
             Task::Pass => self.pass()?,
             Task::Barrier => self.barrier()?,
             Task::Sync => self.sync(),
+            Task::Collect => {
+                if let Some(wait) = self.collect()? {
+                    return Ok(wait);
+                }
+            }
             Task::Ship(verdict) => self.ship(&verdict)?,
             Task::GiveUp(why) => return Err(StepError::GiveUp(why.into())),
         }
         self.volume.finish(Outcome::Done);
-        Ok(())
+        Ok(Duration::ZERO)
     }
 
     fn sync(&self) {

@@ -91,7 +91,8 @@ pub fn read_in_order(
     result
 }
 
-/// Reads runs, makes frames' bodies of them, and hands these over as they come.
+/// Reads runs, makes frames' bodies of them, and hands these over as they come. `read` sees each
+/// batch right after it was read, and may leave pieces out of it.
 pub fn encode(
     disk: &mut dyn Disk,
     pool: &Pool,
@@ -99,6 +100,7 @@ pub fn encode(
     volume: &Volume,
     runs: &[BlockRun],
     purpose: Purpose,
+    mut read: impl FnMut(&mut Batch),
     mut sink: impl FnMut(Encoded) -> Result<(), StepError>,
 ) -> Result<(), StepError> {
     let (reply, encoded) = bounded(JOBS_MAX);
@@ -111,7 +113,8 @@ pub fn encode(
                 return Ok(());
             }
             if disk.outstanding() > 0 {
-                let batch = disk.wait()?;
+                let mut batch = disk.wait()?;
+                read(&mut batch);
                 let shape: Arc<Shape> = volume.shape.clone();
                 workers.submit(Job { batch, shape, purpose, reply: reply.clone() });
                 jobs += 1;

@@ -4,16 +4,17 @@
 //! and tried again. Ending leaves the pins; a volume that is no longer assigned takes them along.
 
 use crate::pulse;
-use crate::source::attach::{CountedFreezer, EbpfTracker, attach, remove_pins};
+use crate::source::attach::{CountedFreezer, EbpfTracker, Places, attach, remove_pins};
 use crate::source::buffers::Memory;
 use crate::source::coordinator::{Coordinator, Protected};
+use crate::source::filter::{FilterCutter, take_out};
 use crate::source::link::{Hangup, TlsDial, Where};
 use crate::source::orders::Orders;
 use crate::source::pipeline::Workers;
 use crate::source::seams::{Env, Signer};
 use crate::source::shipper::{Commons, Shipper};
 use crate::source::volume::{Bell, Face, Volume, lock};
-use secondsite_control::api::{AgentAssignment, VolumeAssignment, VolumePhase};
+use secondsite_control::api::{AgentAssignment, TrackerChoice, VolumeAssignment, VolumePhase};
 use secondsite_format::ids::{ServerId, VolumeId};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -120,6 +121,7 @@ pub struct Runner {
     pub(super) place: Arc<Mutex<Where>>,
     pub(super) machine: [u8; 32],
     pub(super) pin_dir: PathBuf,
+    pub(super) filter_dir: PathBuf,
     pub(super) memory: Arc<Memory>,
     pub(super) workers: Arc<Workers>,
     pub(super) protected: Arc<Mutex<Protected>>,
@@ -137,6 +139,7 @@ impl Runner {
             self.clock.clone(),
             self.memory.clone(),
             Box::new(freezer),
+            Box::new(FilterCutter { dir: self.filter_dir.clone(), client: None }),
             self.protected.clone(),
             self.orders.clone(),
             self.changed.clone(),
@@ -288,7 +291,8 @@ impl Thread {
             // What an earlier attempt opened is closed before it is opened anew.
             tracker = None;
             let (memory, bell) = (&self.runner.memory, &self.runner.bell);
-            match pulse::outside(|| attach(&self.assigned, &pins, &self.face, memory, bell)) {
+            let places = Places { pins: &pins, filter: &self.runner.filter_dir };
+            match pulse::outside(|| attach(&self.assigned, &places, &self.face, memory, bell)) {
                 Ok((volume, ebpf)) => {
                     let volume = Arc::new(volume);
                     let grown = self.ship(&volume);
@@ -356,6 +360,9 @@ impl Thread {
             tracker.detach();
         }
         remove_pins(pins);
+        if matches!(self.assigned.tracker, TrackerChoice::Ublk | TrackerChoice::Auto) {
+            take_out(&self.runner.filter_dir, &self.assigned.id);
+        }
     }
 }
 

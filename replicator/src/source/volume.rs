@@ -33,6 +33,8 @@ pub enum Task {
     Sync,
     /// The cut is made: send the last pass, sign, commit.
     Ship(Box<Verdict>),
+    /// The volume was cut behind its filter: read and send what the cut holds.
+    Collect,
     /// Give the epoch up.
     GiveUp(&'static str),
 }
@@ -324,6 +326,11 @@ impl Volume {
     /// Its marks.
     pub fn marks(&self) -> &Marks {
         self.tracker.marks()
+    }
+
+    /// Whether its writes go through the filter, so that a cut needs no quiet and no freeze.
+    pub fn is_filtered(&self) -> bool {
+        self.tracker.filtered().is_some()
     }
 
     /// Disk and last passes. Who holds it may be reading the disk.

@@ -3,6 +3,8 @@
 //!
 //! What is checked all along stands in [`remote`] (the second site) and [`world`] (no lost update).
 
+mod behind;
+mod filtered;
 mod network;
 mod pinned;
 mod remote;

@@ -1,6 +1,7 @@
 //! Puts the real source over a world and the real target over its disks, and drives both from one
 //! thread, step by step in seeded order.
 
+use crate::filtered::{Filtered, MemoryCutter};
 use crate::network::SimDial;
 use crate::remote::{KEY, MACHINE, Remote, SERVER, sign, volume_id};
 use crate::world::{BLOCK, DiskState, Killed, MemoryDisk, MemoryFreezer, MemoryTracker, World};
@@ -67,6 +68,20 @@ impl Rig {
         Self::build(seed, volumes, blocks, false, true)
     }
 
+    /// Some volumes behind the filter, with room to preserve so many blocks.
+    pub fn filtered(seed: u64, volumes: &[bool], blocks: usize, memory_slots: u32) -> Self {
+        let mut rig = Self::build(seed, volumes.len(), blocks, true, false);
+        for (index, filtered) in volumes.iter().enumerate().filter(|(_, filtered)| **filtered) {
+            assert!(filtered);
+            let state = &mut *rig.world.state();
+            let bytes = state.disks[index].bytes();
+            state.disks[index].filter = Some(Filtered::new(bytes, &state.group, memory_slots));
+        }
+        rig.restart();
+        rig.kills = 0;
+        rig
+    }
+
     fn build(seed: u64, count: usize, blocks: usize, freezable: bool, compare_only: bool) -> Self {
         let world = World::new(seed, count, blocks);
         let remote = Remote::new(&world);
@@ -129,7 +144,18 @@ impl Rig {
         let tracker = if self.compare_only { "compare" } else { "ebpf" };
         face.update(|status| status.tracker = tracker);
         let freezable = self.freezable;
-        let tracker = Arc::new(MemoryTracker { world: world.clone(), marks, index, freezable });
+        let filtered = {
+            let state = world.state();
+            let filter = state.disks[index].filter.as_ref();
+            filter.map(|filter| filter.open(&state.group))
+        };
+        let marks = filtered.as_ref().map_or(marks, |shared| shared.marks().clone());
+        if filtered.is_some() {
+            world.state().disks[index].marks = marks.clone();
+        }
+        let world_of = world.clone();
+        let tracker =
+            Arc::new(MemoryTracker { world: world_of, marks, index, freezable, filtered });
         let disk = MemoryDisk { world: world.clone(), index, bytes, queue: Vec::new() };
         let shape = Shape::new(bytes as u64, BLOCK as u32, &[]);
         let path = format!("/dev/v{index}").into();
@@ -456,8 +482,9 @@ impl Agent {
         let protected =
             Arc::new(Mutex::new(Protected { faces: faces.clone(), volumes, goal: GOAL }));
         let freezer = Box::new(MemoryFreezer(world.clone()));
-        let coordinator =
-            Coordinator::new(env, memory, freezer, protected.clone(), orders.clone(), changed);
+        let cutter = Box::new(MemoryCutter(world.clone()));
+        let (given, taken) = (protected.clone(), orders.clone());
+        let coordinator = Coordinator::new(env, memory, freezer, cutter, given, taken, changed);
         let shippers = (0..count).map(|_| None).collect();
         let bell = Arc::new(Bell::default());
         Self { faces, shippers, coordinator, orders, protected, commons, bell }

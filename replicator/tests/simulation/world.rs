@@ -5,9 +5,11 @@
 //! alike. The agent's process may be killed at any moment: it unwinds, and only marks stay. A disk
 //! may grow by any number of sectors; one that shrinks gets its size back with other content.
 
+use crate::filtered::Filtered;
 use crate::pinned::{Pinned, PinnedSets};
 use secondsite::source::seams::{Batch, Disk, DiskError, Env, Freeze, Tracker};
 use secondsite_tracker::ebpf::Audit;
+use secondsite_tracker::filter::shared::{Group, Shared};
 use secondsite_tracker::grow::grow;
 use secondsite_tracker::header::Header;
 use secondsite_tracker::marks::{BlockRun, Marks};
@@ -43,15 +45,30 @@ impl Rng {
 /// How a process that is killed unwinds.
 pub struct Killed;
 
-struct Write {
-    run: BlockRun,
+pub struct Write {
+    pub run: BlockRun,
     /// None writes zeros.
     stamp: Option<u64>,
-    landed: bool,
+    pub landed: bool,
+    /// Behind a filter: its number there, and whether it waits to be let through.
+    pub tag: u16,
+    pub waits: bool,
 }
 
 impl Write {
-    fn land(&self, data: &mut [u8]) {
+    pub fn random(bytes: usize, rng: &mut Rng, stamp: &mut u64) -> Self {
+        let blocks = bytes.div_ceil(BLOCK) as u64;
+        let first = rng.below(blocks);
+        // Mostly small; now and then more than fits one frame.
+        let most = if rng.chance(5) { blocks } else { 3 };
+        let count = (1 + rng.below(most)).min(blocks - first);
+        *stamp += 1;
+        let stamp = (!rng.chance(20)).then_some(*stamp);
+        let run = BlockRun { first, count };
+        Self { run, stamp, landed: false, tag: 0, waits: false }
+    }
+
+    pub fn land(&self, data: &mut [u8]) {
         for block in self.run.first..self.run.first + self.run.count {
             let start = block as usize * BLOCK;
             // The last block of a disk may be a short one.
@@ -88,13 +105,17 @@ pub struct DiskState {
     assigned: usize,
     /// As the agent's process has them.
     pub marks: Arc<Marks>,
-    writes: Vec<Write>,
+    pub writes: Vec<Write>,
+    /// What its writes go through, if there is one.
+    pub filter: Option<Filtered>,
     /// Writes that the tracker missed since its audit began anew.
     pub missed: u64,
     /// Blocks that fail to read.
     pub bad: BTreeSet<u64>,
     pub gone: bool,
     pub pinned: Pinned,
+    /// Behind a filter: what it held at its last flip.
+    pub flipped: Option<Arc<Vec<u8>>>,
 }
 
 impl DiskState {
@@ -123,10 +144,23 @@ pub struct State {
     pub kill_in: Option<u64>,
     /// By cut: the instant at which the last attempt to prove it began.
     pub instants: BTreeMap<[u8; 16], Instant>,
+    /// Of all disks behind the filter.
+    pub group: Group,
     /// The member whose audit came last in the proof that is going on.
     proving: Option<usize>,
     trace: Xxh3,
     loud: bool,
+}
+
+impl State {
+    /// What all disks hold now; those behind the filter, what they held when they were cut.
+    pub fn instant(&self) -> Instant {
+        let held = |disk: &DiskState| match &disk.flipped {
+            Some(flipped) => flipped.clone(),
+            None => Arc::new(disk.data.clone()),
+        };
+        self.disks.iter().map(held).collect()
+    }
 }
 
 /// The server.
@@ -152,6 +186,8 @@ impl World {
                     marks: pinned.open(),
                     pinned,
                     writes: Vec::new(),
+                    filter: None,
+                    flipped: None,
                     missed: 0,
                     bad: BTreeSet::new(),
                     gone: false,
@@ -172,6 +208,7 @@ impl World {
             in_agent: false,
             kill_in: None,
             instants: BTreeMap::new(),
+            group: Group::in_memory(),
             proving: None,
             trace: Xxh3::new(),
             loud: std::env::var_os("SECONDSITE_TRACE").is_some(),
@@ -225,12 +262,16 @@ impl World {
             Header::new(&header[..]).set_compare_due(true);
         }
         let before = marked.max(assigned);
-        let disk = &mut self.state().disks[index];
+        let state = &mut *self.state();
+        let disk = &mut state.disks[index];
         if before > bytes {
             disk.shrunk_seen = true;
             return Err(before);
         }
-        disk.marks = disk.pinned.open();
+        disk.marks = match &disk.filter {
+            Some(filter) => filter.open(&state.group).marks().clone(),
+            None => disk.pinned.open(),
+        };
         Ok(bytes)
     }
 
@@ -277,16 +318,22 @@ impl World {
     /// The server is booted anew: the marks are gone, and writes on their way landed or not.
     pub fn reboot(&self) {
         let mut state = self.state();
-        let State { disks, rng, .. } = &mut *state;
+        let State { disks, rng, group, .. } = &mut *state;
         for disk in disks {
+            if let Some(filter) = &disk.filter {
+                disk.filter = Some(filter.anew(group));
+            }
             for write in std::mem::take(&mut disk.writes) {
-                if !write.landed && rng.chance(50) {
+                if !write.landed && !write.waits && rng.chance(50) {
                     write.land(&mut disk.data);
                 }
             }
             disk.missed = 0;
             disk.pinned = Pinned::fresh(disk.bytes());
-            disk.marks = disk.pinned.open();
+            disk.marks = match &disk.filter {
+                Some(filter) => filter.open(group).marks().clone(),
+                None => disk.pinned.open(),
+            };
         }
     }
 
@@ -320,17 +367,13 @@ impl World {
         let State { rng, disks, missing, stamp, .. } = &mut *state;
         let count = disks.len() as u64;
         let disk = &mut disks[rng.below(count) as usize];
+        if disk.filter.is_some() {
+            return Filtered::moment(disk, rng, stamp);
+        }
         match rng.below(3) {
             0 if disk.writes.len() < 4 => {
-                let blocks = disk.bytes().div_ceil(BLOCK) as u64;
-                let first = rng.below(blocks);
-                // Mostly small; now and then more than fits one frame.
-                let most = if rng.chance(5) { blocks } else { 3 };
-                let count = (1 + rng.below(most)).min(blocks - first);
-                let run = BlockRun { first, count };
-                *stamp += 1;
-                let stamp = (!rng.chance(20)).then_some(*stamp);
-                let write = Write { run, stamp, landed: false };
+                let write = Write::random(disk.bytes(), rng, stamp);
+                let run = write.run;
                 if rng.chance(*missing) {
                     disk.missed += 1;
                     write.land(&mut disk.data);
@@ -357,6 +400,10 @@ impl World {
     /// All that is in flight completes.
     pub fn settle(&self) {
         for disk in &mut self.state().disks {
+            if disk.filter.is_some() {
+                Filtered::settle(disk);
+                continue;
+            }
             for write in std::mem::take(&mut disk.writes) {
                 if !write.landed {
                     write.land(&mut disk.data);
@@ -477,19 +524,26 @@ pub struct MemoryTracker {
     pub marks: Arc<Marks>,
     pub index: usize,
     pub freezable: bool,
+    pub filtered: Option<Arc<Shared>>,
 }
 
 impl Tracker for MemoryTracker {
     fn marks(&self) -> &Arc<Marks> {
         &self.marks
     }
+    fn filtered(&self) -> Option<&Arc<Shared>> {
+        self.filtered.as_ref()
+    }
     fn audit(&self) -> Audit {
         self.world.moment();
+        if self.filtered.is_some() {
+            return Audit::Good;
+        }
         let audit = {
             let mut state = self.world.state();
             let cut = state.disks[self.index].marks.cut().cut_id;
             if state.proving.is_none_or(|last| self.index <= last) {
-                let instant = state.disks.iter().map(|disk| Arc::new(disk.data.clone())).collect();
+                let instant = state.instant();
                 state.instants.insert(cut, instant);
             }
             state.proving = Some(self.index);

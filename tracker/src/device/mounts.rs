@@ -59,6 +59,21 @@ pub(super) fn on(numbers: &BTreeSet<(u32, u32)>) -> io::Result<Vec<Mount>> {
     Ok(mounts)
 }
 
+/// The areas of /proc/swaps that are devices of these numbers, or files on them.
+pub(super) fn swaps_on(numbers: &BTreeSet<(u32, u32)>) -> io::Result<Vec<PathBuf>> {
+    let text = fs::read("/proc/swaps")?;
+    let lines = text.split(|byte| *byte == b'\n').skip(1);
+    let paths = lines.filter_map(|line| line.split(u8::is_ascii_whitespace).next()).map(unescape);
+    let is_on = |path: &PathBuf| {
+        let found = fs::metadata(path).map(|meta| match meta.rdev() {
+            0 => number(meta.dev()),
+            rdev => number(rdev),
+        });
+        found.is_ok_and(|number| numbers.contains(&number))
+    };
+    Ok(paths.filter(is_on).collect())
+}
+
 fn number(dev: u64) -> (u32, u32) {
     (libc::major(dev), libc::minor(dev))
 }

@@ -27,6 +27,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// Lanes of all volumes of a group at most.
 pub const GROUP_LANES_MAX: usize = 512;
 
+/// Copies of one volume under way at once.
+pub const COPIES_MAX: usize = 128;
+
 /// Whether a write may be submitted now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
@@ -101,7 +104,7 @@ pub enum NotCut {
 }
 
 impl Gate {
-    /// Over what may be left of a filter that died: nothing of it is in flight any more.
+    /// Over what is shared. [`Self::take_over`] comes before the first write.
     ///
     /// # Panics
     /// If there are more lanes than [`LANES_MAX`], or more tags than [`DEPTH_MAX`].
@@ -113,16 +116,6 @@ impl Gate {
     #[doc(hidden)]
     pub fn with_bug(shared: Arc<Shared>, lanes: usize, depth: usize, bug: Option<Bug>) -> Self {
         assert!(lanes <= LANES_MAX && depth <= DEPTH_MAX);
-        shared.free_under_way();
-        if bug != Some(Bug::ForgetInFlight) {
-            shared.mark_in_flight();
-        }
-        // The writes of a dead filter are done, or will be issued again. A flip that it had made
-        // ready for was not made, and the next of that number may be without this volume.
-        match shared.turn().flipped() {
-            0 => shared.turn().wait_no_more(),
-            flip => shared.set_settled(flip),
-        }
         let lane = || Mutex::new(Lane { in_flight: vec![None; depth] });
         Self {
             lanes: (0..lanes).map(|_| lane()).collect(),
@@ -130,6 +123,37 @@ impl Gate {
             shared,
             bug,
         }
+    }
+
+    /// Takes over what a filter that died may have left: nothing that it had submitted is on its
+    /// way any more, and what was not acknowledged will be issued again.
+    pub fn take_over(&self) {
+        let shared = &self.shared;
+        shared.free_under_way();
+        if self.bug != Some(Bug::ForgetInFlight) {
+            shared.mark_in_flight();
+        }
+        // A flip that it had made ready for was not made, and the next of that number may be
+        // without this volume.
+        match shared.turn().flipped() {
+            0 => shared.turn().wait_no_more(),
+            flip => shared.set_settled(flip),
+        }
+    }
+
+    /// Where a memory slot lies.
+    pub fn slot(&self, slot: u32) -> *mut u8 {
+        self.shared.slot(slot)
+    }
+
+    /// Slots from here on lie on the reserve.
+    pub fn memory_slots(&self) -> u32 {
+        self.shared.form().memory_slots
+    }
+
+    /// Where a slot beyond memory lies on the reserve, bytes.
+    pub fn spill_offset(&self, slot: u32) -> u64 {
+        self.shared.spill_offset(slot).expect("a slot beyond memory")
     }
 
     /// The shared memory.

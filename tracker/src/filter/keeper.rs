@@ -8,12 +8,10 @@
 //! - out of the cut layer: read by the agent, or preserved in a slot that says so. It may be
 //!   overwritten.
 
-use crate::filter::gate::Preserve;
+use crate::filter::gate::{COPIES_MAX, Preserve};
 use crate::filter::shared::Shared;
 use crate::marks::BlockRun;
 
-/// Copies under way at once.
-const COPIES_MAX: usize = 128;
 /// Bytes of one copy at most.
 const COPY_BYTES_MAX: u64 = 256 << 10;
 
@@ -167,7 +165,7 @@ impl Keeper {
             // Out of the cut layer: its copies were published before, and the writes that wait for
             // it are submitted after.
             shared.marks().cut_forget(copy.run);
-        } else if !ok && copy.flip == flip {
+        } else if !ok && copy.flip == flip && shared.marks().cut_holds(copy.run) {
             shared.fall(flip, FAILED);
         }
         std::mem::take(&mut self.waiting)
@@ -185,7 +183,7 @@ impl Keeper {
         let limit = if first < memory { memory } else { all };
         let mut found = 0;
         while found < count && first + found < limit && shared.is_free(first + found) {
-            shared.reserve(first + found);
+            shared.take_slot(first + found);
             found += 1;
         }
         self.next_slot = first + found;

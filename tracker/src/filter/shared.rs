@@ -31,11 +31,11 @@ use crate::sync::Memory;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+use std::sync::{Arc, OnceLock};
 
 /// Lanes (queues) of a volume at most.
 pub const LANES_MAX: usize = 32;
@@ -72,6 +72,16 @@ const FLIP_MASK: u64 = (1 << 24) - 1;
 const _: () = assert!(AT_LANES + LANES_MAX * LANE_WORDS <= PAGE_WORDS);
 const _: () = assert!(HEADER_WORDS <= PAGE_WORDS);
 
+/// The file of the group, in the folder of a filter.
+pub fn group_path(dir: &Path) -> PathBuf {
+    dir.join("group")
+}
+
+/// The file of a volume.
+pub fn volume_path(dir: &Path, id: &str) -> PathBuf {
+    dir.join("marks").join(id)
+}
+
 /// What a volume's shared memory is made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Form {
@@ -91,6 +101,11 @@ impl Form {
     /// Blocks of the volume.
     pub fn blocks(&self) -> u64 {
         self.volume_bytes.div_ceil(u64::from(self.block_bytes))
+    }
+
+    /// Bytes that can be preserved.
+    pub fn area_bytes(&self) -> u64 {
+        self.slots() as u64 * u64::from(self.block_bytes)
     }
 
     fn slots(&self) -> usize {
@@ -182,6 +197,9 @@ pub struct Shared {
     entries: Memory<AtomicU64>,
     area: Memory<AtomicU64>,
     turn: Turn<AtomicU64>,
+    reserve: OnceLock<(File, u64)>,
+    /// The file that is mapped, if it is one: path, device and inode.
+    file: Option<(PathBuf, u64, u64)>,
 }
 
 /// What an entry of the area says.
@@ -236,7 +254,22 @@ impl Shared {
         if !Header::new(&whole.part(0..HEADER_WORDS)).is_sound() {
             return Err(fails("open", io::Error::from(io::ErrorKind::InvalidData)));
         }
-        Ok(Self::over(form, group, true, &whole))
+        let made = file.metadata().map_err(|cause| fails("stat", cause))?;
+        let file = Some((path.to_path_buf(), made.dev(), made.ino()));
+        Ok(Self { file, ..Self::over(form, group, true, &whole) })
+    }
+
+    /// Whether this is the memory of the filter that runs: it makes another file when it has to
+    /// begin anew.
+    pub fn is_current(&self) -> bool {
+        self.file.as_ref().is_none_or(|(path, device, inode)| {
+            std::fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (*device, *inode))
+        })
+    }
+
+    /// The newest flip that this volume had; 0 if there was none.
+    pub fn flipped(&self) -> u64 {
+        self.turn.flipped()
     }
 
     fn over(form: Form, group: &Group, agent: bool, whole: &Whole) -> Self {
@@ -269,6 +302,8 @@ impl Shared {
             entries: part(entries, form.slots()),
             area: part(area, form.memory_slots as usize * form.block_bytes as usize / 8),
             turn: turn(),
+            reserve: OnceLock::new(),
+            file: None,
         }
     }
 
@@ -324,6 +359,40 @@ impl Shared {
             }
             Some(Kept { slot: slot as u32, block: (entry & ((1 << BLOCK_BITS) - 1)) - 1 })
         })
+    }
+
+    /// Reads a copy, or the beginning of it.
+    ///
+    /// # Errors
+    /// From the reserve, if the copy lies there.
+    pub fn read(&self, kept: Kept, out: &mut [u8]) -> io::Result<()> {
+        let Some(offset) = self.spill_offset(kept.slot) else {
+            // SAFETY: a memory slot has a block's bytes (`out` has no more), and the filter writes
+            // to it only while it is free.
+            unsafe { self.slot(kept.slot).copy_to(out.as_mut_ptr(), self.within_block(out)) };
+            return Ok(());
+        };
+        let Some((reserve, start)) = self.reserve.get() else {
+            return Err(io::Error::other("it was never opened"));
+        };
+        // Its direct reads want whole, aligned blocks.
+        let block = self.form.block_bytes as usize;
+        let mut whole = vec![0; 2 * block];
+        let skip = whole.as_ptr().align_offset(4096);
+        reserve.read_exact_at(&mut whole[skip..skip + block], start + offset)?;
+        out.copy_from_slice(&whole[skip..][..self.within_block(out)]);
+        Ok(())
+    }
+
+    fn within_block(&self, out: &[u8]) -> usize {
+        assert!(out.len() <= self.form.block_bytes as usize, "a copy is a block");
+        out.len()
+    }
+
+    /// Where copies beyond memory lie: a device, opened for direct reads, and where the spill area
+    /// of this volume begins on it.
+    pub fn set_reserve(&self, device: File, start: u64) {
+        let _ = self.reserve.set((device, start));
     }
 
     /// The agent has what lay in this slot.
@@ -420,7 +489,7 @@ impl Shared {
         self.entries[slot as usize].load(Acquire) == FREE
     }
 
-    pub(super) fn reserve(&self, slot: u32) {
+    pub(super) fn take_slot(&self, slot: u32) {
         self.entries[slot as usize].store(UNDER_WAY, Relaxed);
     }
 

@@ -1,25 +1,21 @@
 //! The child that freezes, waits and thaws, and the socket over which it is told to.
 //!
-//! The child is forked and never executes anything else: between fork and exit it only makes
-//! system calls, on memory that is locked, with all signals blocked. It holds no descriptor of its
-//! parent but its end of the socket, whose end of file is the parent's death.
+//! A child as in [`crate::locked`], which says what it may do.
 
 use super::MOUNTS_MAX;
+use crate::locked::{self, MESSAGE_BYTES, Message, answer, check, now};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// `_IOWR('X', 119, int)` and `_IOWR('X', 120, int)` of linux/fs.h.
 const FIFREEZE: libc::Ioctl = 0xc004_5877u32 as libc::Ioctl;
 const FITHAW: libc::Ioctl = 0xc004_5878u32 as libc::Ioctl;
 
-/// A message: kind, then two numbers.
-type Message = [u64; 3];
-const MESSAGE_BYTES: usize = size_of::<Message>();
+/// Kinds of message.
 const FREEZE: u64 = 1;
 const THAW: u64 = 2;
-const READY: u64 = 3;
 const FROZEN: u64 = 4;
 const FAILED: u64 = 5;
 const THAWED: u64 = 6;
@@ -46,34 +42,7 @@ pub(super) enum Answer {
 
 /// Forks the child. Returns when it is locked in memory and waits.
 pub(super) fn start() -> io::Result<(libc::pid_t, OwnedFd)> {
-    let mut ends = [-1; 2];
-    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
-    // SAFETY: `ends` has room for the two descriptors.
-    check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) })?;
-    // SAFETY: both were just made and belong to nobody else.
-    let [ours, theirs] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
-    // SAFETY: the child runs `child_main` only, which makes system calls and never returns.
-    match check(unsafe { libc::fork() })? {
-        0 => child_main(theirs.as_raw_fd()),
-        pid => {
-            drop(theirs);
-            match receive_message(&ours)? {
-                [READY, 0, _] => Ok((pid, ours)),
-                [_, errno, _] => Err(io::Error::from_raw_os_error(errno as i32)),
-            }
-        }
-    }
-}
-
-/// Waits until the child is gone.
-pub(super) fn wait_for_end(pid: libc::pid_t) {
-    loop {
-        // SAFETY: waits for a child of this process, which nobody else waits for; no status wanted.
-        let done = unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
-        if done != -1 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-            return;
-        }
-    }
+    locked::start(c"freezer", &[], child_main)
 }
 
 /// Thaws, if it is frozen.
@@ -114,7 +83,7 @@ pub(super) fn send(socket: &OwnedFd, order: Order, fds: &[RawFd]) -> io::Result<
 
 /// Waits for the child's answer. Allocates nothing. An error: the child is gone.
 pub(super) fn receive(socket: &OwnedFd) -> io::Result<Answer> {
-    match receive_message(socket)? {
+    match locked::receive(socket.as_raw_fd())? {
         [FROZEN, ..] => Ok(Answer::Frozen),
         [FAILED, index, errno] => Ok(Answer::Failed { index: index as usize, errno: errno as i32 }),
         [THAWED, nanos, intact] => {
@@ -122,26 +91,6 @@ pub(super) fn receive(socket: &OwnedFd) -> io::Result<Answer> {
         }
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
-}
-
-fn receive_message(socket: &OwnedFd) -> io::Result<Message> {
-    let mut message: Message = [0; 3];
-    loop {
-        // SAFETY: `message` is valid for MESSAGE_BYTES, and any bytes are a message.
-        let length = unsafe {
-            libc::recv(socket.as_raw_fd(), message.as_mut_ptr().cast(), MESSAGE_BYTES, 0)
-        };
-        match length {
-            -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-            -1 => return Err(io::Error::last_os_error()),
-            length if length as usize == MESSAGE_BYTES => return Ok(message),
-            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
-        }
-    }
-}
-
-fn check(result: i32) -> io::Result<i32> {
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// The headers of a message; the caller links the one to the other once both have their place.
@@ -167,12 +116,7 @@ struct Frozen {
     intact: bool,
 }
 
-fn child_main(socket: RawFd) -> ! {
-    let errno = prepare(socket);
-    answer(socket, [READY, errno as u64, 0]);
-    if errno != 0 {
-        exit();
-    }
+fn child_main(socket: RawFd) {
     let mut frozen = Frozen { fds: [-1; MOUNTS_MAX], count: 0, since: 0, until: 0, intact: false };
     let mut last = (0, false);
     loop {
@@ -183,7 +127,7 @@ fn child_main(socket: RawFd) -> ! {
         }
         let Some(message) = next(socket, &mut frozen) else {
             end(&mut frozen, false);
-            exit();
+            return;
         };
         match message {
             [FREEZE, limit, _] => {
@@ -204,46 +148,9 @@ fn child_main(socket: RawFd) -> ! {
     }
 }
 
-/// Locks the child in memory and cuts what ties it to its parent.
-fn prepare(socket: RawFd) -> i32 {
-    // SAFETY: system calls on this process alone; `signals` is filled before it is used; no
-    // descriptor that is closed here is used by the child.
-    unsafe {
-        let mut signals: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut signals);
-        libc::sigprocmask(libc::SIG_BLOCK, &signals, std::ptr::null_mut());
-        // A terminal's or a supervisor's signal to the group is not for it.
-        libc::setsid();
-        libc::prctl(libc::PR_SET_NAME, c"freezer".as_ptr());
-        // Another child's parent end among them would hide the parent's death from that child.
-        let socket = socket as libc::c_uint;
-        if socket > 3 {
-            libc::syscall(libc::SYS_close_range, 3, socket - 1, 0);
-        }
-        libc::syscall(libc::SYS_close_range, socket + 1, libc::c_uint::MAX, 0);
-        if libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) == -1 {
-            return *libc::__errno_location();
-        }
-    }
-    0
-}
-
 /// Waits for an order or the parent's end; false when what is frozen must be thawed.
 fn wait(socket: RawFd, frozen: &Frozen) -> bool {
-    let mut poll = libc::pollfd { fd: socket, events: libc::POLLIN, revents: 0 };
-    loop {
-        let left = match frozen.count {
-            0 => -1,
-            // Rounded up: never a thaw before its time.
-            _ => frozen.until.saturating_sub(now()).div_ceil(1_000_000) as i32,
-        };
-        // SAFETY: one entry, valid during the call.
-        match unsafe { libc::poll(&mut poll, 1, left) } {
-            0 => return false,
-            1 => return true,
-            _ => {}
-        }
-    }
+    locked::wait(socket, (frozen.count > 0).then_some(frozen.until))
 }
 
 /// The next order, with its descriptors; None when the parent is gone.
@@ -320,21 +227,4 @@ fn close_all(frozen: &mut Frozen) {
 fn thaw_fd(fd: RawFd) -> bool {
     // SAFETY: a descriptor that its owner keeps open; the argument is not used.
     unsafe { libc::ioctl(fd, FITHAW, 0) == 0 }
-}
-
-fn answer(socket: RawFd, message: Message) {
-    // SAFETY: `message` lives during the call. If the parent is gone, the next wait says so.
-    unsafe { libc::send(socket, message.as_ptr().cast(), MESSAGE_BYTES, libc::MSG_NOSIGNAL) };
-}
-
-fn now() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is valid; this clock exists on every Linux.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
-fn exit() -> ! {
-    // SAFETY: ends the child without running anything of the parent's.
-    unsafe { libc::_exit(0) }
 }

@@ -7,9 +7,9 @@
 use super::abi::{self, DeviceInfo};
 use super::backing::Backing;
 use super::control::{Control, ring_refused};
-use super::gate::Gate;
 use super::queue::{Parts, Queue};
 use super::{UblkError, discard};
+use crate::filter::gate::Gate;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Requests that a queue has under way at most, and what each can carry: 16 MiB a queue.
-const DEPTH: u16 = 64;
+pub const DEPTH: u16 = 64;
 const BUFFER_BYTES: u32 = 256 << 10;
 /// Queues at most; each is a thread.
 const QUEUES_MAX: u16 = 8;
@@ -124,6 +124,7 @@ impl Served {
             }
             control.set_params(number, &backing.params(BUFFER_BYTES))?;
             named(number)?;
+            volume.gate.take_over();
             let served = prepared.fetch(number)?;
             control.start(number)?;
             Ok(served)
@@ -155,6 +156,8 @@ impl Served {
         control
             .start_recovery(number, TAKE_OVER_PATIENCE)
             .map_err(fails.clone()("take over"))?;
+        // Nothing that the server before had submitted is on its way any more.
+        volume.gate.take_over();
         let served = prepared.fetch(number).map_err(fails.clone()("serve"))?;
         control.end_recovery(number).map_err(fails("go on with"))?;
         Ok(served)
@@ -176,7 +179,7 @@ impl Served {
 /// One queue where a server that dies while it takes a device over could harm the kernel: before
 /// 6.17 it forgets a queue at the beginning and would forget it again, though it is not there. A
 /// device with one queue is not touched a second time then.
-fn queues_for(backing: &Backing, features: u64) -> u16 {
+pub fn queues_for(backing: &Backing, features: u64) -> u16 {
     if features & abi::F_BUF_REG_OFF_DAEMON == 0 {
         return 1;
     }

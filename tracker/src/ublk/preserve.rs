@@ -4,8 +4,8 @@
 //! slots lie on the reserve, through a bounce buffer. Nothing is allocated after the start; the
 //! copies beyond those under way wait in order.
 
-use super::gate::{Gate, Preserve, Wake};
 use super::memory::Mapping;
+use crate::filter::gate::{Gate, Preserve, Wake};
 use io_uring::{opcode, squeue, types};
 use std::collections::VecDeque;
 use std::io;

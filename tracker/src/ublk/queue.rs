@@ -10,9 +10,9 @@
 use super::abi::{self, IoCommand, IoDescriptor};
 use super::backing::{Backing, SECTOR_SHIFT};
 use super::discard::Discards;
-use super::gate::{Admission, Gate, Preserve, Wake};
 use super::memory::Mapping;
 use super::preserve::{COPIES, Copies};
+use crate::filter::gate::{Admission, COPIES_MAX, Gate, Preserve, Wake};
 use io_uring::{IoUring, opcode, squeue, types};
 use nix::sys::eventfd::EventFd;
 use std::collections::VecDeque;
@@ -35,10 +35,6 @@ const WOKEN: u64 = 3;
 
 /// Completions that are taken at a time.
 const BATCH: usize = 64;
-/// Blocks that one request can touch, at the smallest block, with its two ends: how many copies
-/// one admission can ask for at most.
-const COPIES_PER_REQUEST_MAX: usize = 66;
-
 /// What a queue is made of.
 pub(super) struct Parts {
     pub qid: u16,
@@ -107,9 +103,10 @@ impl Queue {
             requests: vec![Request::default(); depth],
             waiting: VecDeque::with_capacity(depth),
             retry: false,
-            out: Vec::with_capacity(COPIES_PER_REQUEST_MAX),
+            out: Vec::with_capacity(COPIES_MAX),
             copies: Copies::new(
-                depth * COPIES_PER_REQUEST_MAX,
+                // The gate has no more under way, over all queues.
+                COPIES_MAX,
                 BACKING,
                 RESERVE,
                 parts.reserve.is_some(),
@@ -315,7 +312,7 @@ impl Queue {
             error => error,
         };
         if matches!(request.op, abi::OP_WRITE | abi::OP_DISCARD | abi::OP_WRITE_ZEROES) {
-            let wake = self.parts.gate.completed(self.lane, tag, result >= 0);
+            let wake = self.parts.gate.completed(self.lane, tag);
             self.wake(wake);
         }
         self.answer(tag, result);
