@@ -80,7 +80,11 @@ impl Backing {
             (self.read_only, ATTR_READ_ONLY),
             (number("rotational") == 1, ATTR_ROTATIONAL),
             (volatile, ATTR_VOLATILE_CACHE),
-            (volatile && number("fua") == 1, ATTR_FUA),
+            // Also where the device has none: a write with FUA goes down as one, and the kernel
+            // flushes after it there. Were it to flush after it up here, a write that is done but
+            // not yet flushed would count as under way with a server that is gone, and the kernel
+            // (6.12) would wait for it for ever before it lets another one take over.
+            (volatile, ATTR_FUA),
         ];
         let logical = shift(u64::from(self.device.logical_block_bytes)).unwrap_or(SECTOR_SHIFT as u8);
         let physical = shift(number("physical_block_size")).unwrap_or(logical).max(logical);
