@@ -194,19 +194,20 @@ pub fn add(
     reserve: Option<&Path>,
 ) -> Result<Listed, FilterError> {
     let reserve = reserve.unwrap_or(Path::new("-"));
-    let line =
-        format!("add {id} {} {name} {block_bytes} {}", backing.display(), reserve.display());
+    let line = format!("add {id} {} {name} {block_bytes} {}", backing.display(), reserve.display());
     change(dir, limit, &line, |volumes| volumes.iter().find(|volume| volume.id == id).cloned())
 }
 
 /// Takes a volume out, and waits until the next server has done it.
 pub fn remove(dir: &Path, limit: Duration, id: &str) -> Result<(), FilterError> {
     let line = format!("remove {id}");
-    change(dir, limit, &line, |volumes| Some(volumes.iter().find(|volume| volume.id == id).cloned()))
-        .and_then(|left| match left {
-            None => Ok(()),
-            Some(volume) => Err(FilterError::Refused { asked: line, why: volume.state }),
-        })
+    change(dir, limit, &line, |volumes| {
+        Some(volumes.iter().find(|volume| volume.id == id).cloned())
+    })
+    .and_then(|left| match left {
+        None => Ok(()),
+        Some(volume) => Err(FilterError::Refused { asked: line, why: volume.state }),
+    })
 }
 
 /// Says a line that makes the server end, and looks at what the next one has.
@@ -302,10 +303,7 @@ pub(super) fn send(socket: &OwnedFd, line: &str) -> io::Result<()> {
 }
 
 /// Receives one message; none: the other side has ended.
-pub(super) fn receive<'a>(
-    socket: &OwnedFd,
-    buffer: &'a mut [u8],
-) -> io::Result<Option<&'a str>> {
+pub(super) fn receive<'a>(socket: &OwnedFd, buffer: &'a mut [u8]) -> io::Result<Option<&'a str>> {
     // SAFETY: the buffer is of this length and lives until the call returns.
     let count = unsafe {
         libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC)

@@ -369,9 +369,7 @@ impl Server<'_> {
         let words: Vec<_> = line.split_whitespace().collect();
         let one = |text: String| (vec![text], false);
         match words.as_slice() {
-            ["hello"] => {
-                one(format!("hello {} {}", env!("CARGO_PKG_VERSION"), std::process::id()))
-            }
+            ["hello"] => one(format!("hello {} {}", env!("CARGO_PKG_VERSION"), std::process::id())),
             ["list"] => {
                 let mut lines: Vec<_> = self.slots.iter().map(shown).collect();
                 lines.push("end".into());
@@ -494,10 +492,8 @@ fn identity(device: &Device) -> String {
 /// Holds a filter's block device, if nobody else does.
 fn hold(number: u32) -> Result<fs::File, String> {
     let node = node_of(number);
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
-        .open(&node);
+    let opened =
+        OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(&node);
     opened.map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => {
             let mounts = Device::open(&node).ok().and_then(|device| device.mounts().ok());

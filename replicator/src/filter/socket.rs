@@ -44,7 +44,9 @@ impl<'a> Speaker<'a> {
     ) -> Heard {
         loop {
             let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            fds.extend(self.connections.iter().map(|one| PollFd::new(one.as_fd(), PollFlags::POLLIN)));
+            fds.extend(
+                self.connections.iter().map(|one| PollFd::new(one.as_fd(), PollFlags::POLLIN)),
+            );
             if self.connections.len() < CONNECTIONS_MAX {
                 fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
             }

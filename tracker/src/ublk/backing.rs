@@ -35,7 +35,8 @@ impl Backing {
             hint: "lsblk".into(),
             errno: 0,
         })?;
-        let read_only = fs::read_to_string(device.sysfs().join("ro")).is_ok_and(|ro| ro.trim() == "1");
+        let read_only =
+            fs::read_to_string(device.sysfs().join("ro")).is_ok_and(|ro| ro.trim() == "1");
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
@@ -86,7 +87,8 @@ impl Backing {
             // (6.12) would wait for it for ever before it lets another one take over.
             (volatile, ATTR_FUA),
         ];
-        let logical = shift(u64::from(self.device.logical_block_bytes)).unwrap_or(SECTOR_SHIFT as u8);
+        let logical =
+            shift(u64::from(self.device.logical_block_bytes)).unwrap_or(SECTOR_SHIFT as u8);
         let physical = shift(number("physical_block_size")).unwrap_or(logical).max(logical);
         let io_min = shift(number("minimum_io_size")).unwrap_or(physical);
         let max_sectors = number("max_sectors_kb") << 1;
@@ -162,8 +164,8 @@ fn holders(device: &Device) -> String {
     }
     let path = fs::canonicalize(&device.path).unwrap_or_else(|_| device.path.clone());
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    let is_swap = swaps.lines().any(|line| {
-        line.split_whitespace().next().is_some_and(|swap| PathBuf::from(swap) == path)
-    });
+    let is_swap = swaps
+        .lines()
+        .any(|line| line.split_whitespace().next().is_some_and(|swap| PathBuf::from(swap) == path));
     if is_swap { " as swap".into() } else { " by another process".into() }
 }

@@ -51,12 +51,15 @@ impl Control {
         let mut features = 0u64;
         let address = &raw mut features;
         control
-            .command(abi::GET_FEATURES, ControlCommand {
-                dev_id: u32::MAX,
-                len: 8,
-                addr: address as u64,
-                ..Default::default()
-            })
+            .command(
+                abi::GET_FEATURES,
+                ControlCommand {
+                    dev_id: u32::MAX,
+                    len: 8,
+                    addr: address as u64,
+                    ..Default::default()
+                },
+            )
             .map_err(|error| {
                 UblkError::new("ask for the features of ublk", NODE, &error)
                     .cause("ublk of this kernel is too old: 6.5 or later is needed")
@@ -79,12 +82,15 @@ impl Control {
     pub fn add(&mut self, wanted: DeviceInfo) -> io::Result<DeviceInfo> {
         let mut info = DeviceInfo { dev_id: u32::MAX, ..wanted };
         let address = &raw mut info;
-        self.command(abi::ADD_DEV, ControlCommand {
-            dev_id: u32::MAX,
-            len: size_of::<DeviceInfo>() as u16,
-            addr: address as u64,
-            ..Default::default()
-        })?;
+        self.command(
+            abi::ADD_DEV,
+            ControlCommand {
+                dev_id: u32::MAX,
+                len: size_of::<DeviceInfo>() as u16,
+                addr: address as u64,
+                ..Default::default()
+            },
+        )?;
         Ok(info)
     }
 
@@ -102,12 +108,15 @@ impl Control {
     }
 
     fn on_params(&mut self, op: u32, id: u32, params: &mut Params) -> io::Result<()> {
-        self.command(op, ControlCommand {
-            dev_id: id,
-            len: size_of::<Params>() as u16,
-            addr: std::ptr::from_mut(params) as u64,
-            ..Default::default()
-        })
+        self.command(
+            op,
+            ControlCommand {
+                dev_id: id,
+                len: size_of::<Params>() as u16,
+                addr: std::ptr::from_mut(params) as u64,
+                ..Default::default()
+            },
+        )
     }
 
     /// What the kernel says of a device; none if there is no such device.
@@ -118,13 +127,16 @@ impl Control {
         let head = path.len();
         let mut buffer = vec![0u8; head + size_of::<DeviceInfo>()];
         buffer[..head].copy_from_slice(path.as_bytes());
-        let answer = self.command(abi::GET_DEV_INFO2, ControlCommand {
-            dev_id: id,
-            len: buffer.len() as u16,
-            addr: buffer.as_mut_ptr() as u64,
-            dev_path_len: head as u16,
-            ..Default::default()
-        });
+        let answer = self.command(
+            abi::GET_DEV_INFO2,
+            ControlCommand {
+                dev_id: id,
+                len: buffer.len() as u16,
+                addr: buffer.as_mut_ptr() as u64,
+                dev_path_len: head as u16,
+                ..Default::default()
+            },
+        );
         match answer {
             Ok(()) => {}
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EINVAL)) => {

@@ -70,9 +70,9 @@ pub struct Served {
 /// The mark of a volume's device: its kind, and a hash of its id.
 pub fn mark_of(id: &str) -> u64 {
     // FNV-1a; two ids of one server with the same hash are refused when the second is added.
-    let hash = id.bytes().fold(0x811c_9dc5u32, |hash, byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
+    let hash = id
+        .bytes()
+        .fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     MARK | u64::from(hash)
 }
 
@@ -153,9 +153,7 @@ impl Served {
             info.max_io_buf_bytes,
             failed,
         )?;
-        control
-            .start_recovery(number, TAKE_OVER_PATIENCE)
-            .map_err(fails.clone()("take over"))?;
+        control.start_recovery(number, TAKE_OVER_PATIENCE).map_err(fails.clone()("take over"))?;
         // Nothing that the server before had submitted is on its way any more.
         volume.gate.take_over();
         let served = prepared.fetch(number).map_err(fails.clone()("serve"))?;
@@ -207,9 +205,8 @@ impl Prepared {
         };
         let (answer, answers) = mpsc::channel();
         let begun = (|| -> io::Result<_> {
-            let events: Result<Vec<_>, _> = (0..queues)
-                .map(|_| EventFd::from_flags(EfdFlags::EFD_CLOEXEC))
-                .collect();
+            let events: Result<Vec<_>, _> =
+                (0..queues).map(|_| EventFd::from_flags(EfdFlags::EFD_CLOEXEC)).collect();
             let events: Arc<[EventFd]> = events?.into();
             let mut threads = Vec::new();
             for qid in 0..queues {

@@ -41,11 +41,7 @@ pub(super) struct Discards {
 
 impl Discards {
     /// Starts the thread for the device behind `backing`; it calls `wake` after each discard.
-    pub fn start(
-        backing: RawFd,
-        depth: u16,
-        wake: impl Fn() + Send + 'static,
-    ) -> io::Result<Self> {
+    pub fn start(backing: RawFd, depth: u16, wake: impl Fn() + Send + 'static) -> io::Result<Self> {
         let state = State {
             wanted: VecDeque::with_capacity(depth.into()),
             done: Vec::with_capacity(depth.into()),

@@ -52,11 +52,8 @@ impl Copies {
         reserve: types::Fixed,
         has_reserve: bool,
     ) -> io::Result<Self> {
-        let bounces = if has_reserve {
-            Some(Mapping::anonymous(BOUNCES * BOUNCE_BYTES)?)
-        } else {
-            None
-        };
+        let bounces =
+            if has_reserve { Some(Mapping::anonymous(BOUNCES * BOUNCE_BYTES)?) } else { None };
         Ok(Self {
             waiting: VecDeque::with_capacity(waiting_max),
             under_way: [const { None }; COPIES],
@@ -117,7 +114,12 @@ impl Copies {
 
     /// A step of it has ended with `result`: what to submit next, or, when it is over, whom that
     /// wakes.
-    pub fn went_on(&mut self, index: usize, result: i32, gate: &Gate) -> Result<squeue::Entry, Wake> {
+    pub fn went_on(
+        &mut self,
+        index: usize,
+        result: i32,
+        gate: &Gate,
+    ) -> Result<squeue::Entry, Wake> {
         let copy = self.under_way[index].as_mut().expect("under way");
         let bytes = match result {
             1.. => result.unsigned_abs(),
@@ -143,7 +145,11 @@ impl Copies {
                 }
             }
         }
-        if copy.done == total { Err(self.end(index, true, gate)) } else { Ok(self.entry(index, gate)) }
+        if copy.done == total {
+            Err(self.end(index, true, gate))
+        } else {
+            Ok(self.entry(index, gate))
+        }
     }
 
     fn end(&mut self, index: usize, ok: bool, gate: &Gate) -> Wake {

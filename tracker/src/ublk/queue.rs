@@ -201,9 +201,8 @@ impl Queue {
         let descriptors = self.descriptors.as_ref().expect("mapped before it runs");
         // SAFETY: the descriptor of a tag of this queue lies in the mapping; the kernel has written
         // it before the fetch came back and leaves it alone until the request is answered.
-        let descriptor = unsafe {
-            descriptors.start().cast::<IoDescriptor>().add(tag.into()).read_volatile()
-        };
+        let descriptor =
+            unsafe { descriptors.start().cast::<IoDescriptor>().add(tag.into()).read_volatile() };
         self.requests[usize::from(tag)] = Request {
             op: descriptor.op_flags & 0xff,
             flags: descriptor.op_flags,
@@ -245,11 +244,9 @@ impl Queue {
             (request.offset + u64::from(request.done), request.bytes - u64::from(request.done));
         let fua = if request.flags & abi::IO_FUA == 0 { 0 } else { libc::RWF_DSYNC };
         let entry = match request.op {
-            abi::OP_READ => {
-                opcode::Read::new(BACKING, self.buffer(tag, request.done), left as u32)
-                    .offset(offset)
-                    .build()
-            }
+            abi::OP_READ => opcode::Read::new(BACKING, self.buffer(tag, request.done), left as u32)
+                .offset(offset)
+                .build(),
             abi::OP_WRITE => {
                 opcode::Write::new(BACKING, self.buffer(tag, request.done), left as u32)
                     .offset(offset)
@@ -300,9 +297,10 @@ impl Queue {
             // It ends before its size: gone, or smaller than it was.
             0 if moves => -libc::EIO,
             0.. => 0,
-            error if request.op == abi::OP_WRITE_ZEROES
-                && error == -libc::EOPNOTSUPP
-                && !request.plain_zeroes =>
+            error
+                if request.op == abi::OP_WRITE_ZEROES
+                    && error == -libc::EOPNOTSUPP
+                    && !request.plain_zeroes =>
             {
                 request.plain_zeroes = true;
                 return self.submit(tag);
