@@ -8,6 +8,7 @@
 use crate::filter::client::{self, Client, FilterError, Listed};
 use crate::source::attach::NotAttached;
 use crate::source::seams::{Batch, Cutter, Disk, DiskError, Tracker};
+use crate::source::volume::lock;
 use secondsite_control::api::VolumeAssignment;
 use secondsite_control::codes::Reason;
 use secondsite_format::ids::VolumeId;
@@ -17,12 +18,14 @@ use secondsite_tracker::filter::beside::Beside;
 use secondsite_tracker::filter::shared::{Group, Shared, group_path, volume_path};
 use secondsite_tracker::marks::Marks;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How long the filter may take to answer, and to put itself in front of a device.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const ADD_LIMIT: Duration = Duration::from_secs(60);
+/// Times that it is asked again when it was just being changed.
+const TRIES_MAX: u32 = 3;
 
 /// The filter in front of one volume.
 pub struct FilterTracker {
@@ -70,8 +73,29 @@ pub fn stable_name(assigned: &VolumeAssignment) -> String {
     assigned.name.replace('/', "-")
 }
 
+/// The filter ends and begins with every change: one at a time, and again if another agent's change
+/// came in between.
 fn find(assigned: &VolumeAssignment, backing: &Path, dir: &Path) -> Result<Listed, FilterError> {
-    let volumes = Client::connect(dir, ANSWER_LIMIT)?.list()?;
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = lock(&ONE);
+    let mut tries = 0;
+    loop {
+        let client = Client::connect(dir, ANSWER_LIMIT)?;
+        match find_once(client, assigned, backing, dir) {
+            Err(FilterError::Silent { .. }) if tries < TRIES_MAX => tries += 1,
+            found => return found,
+        }
+    }
+}
+
+fn find_once(
+    client: Client,
+    assigned: &VolumeAssignment,
+    backing: &Path,
+    dir: &Path,
+) -> Result<Listed, FilterError> {
+    let volumes = client.list()?;
+    drop(client);
     if let Some(listed) = volumes.into_iter().find(|listed| listed.id == assigned.id) {
         return Ok(listed);
     }

@@ -12,7 +12,7 @@ use crate::device::Device;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What sizes are counted in, whatever the block size.
 pub(super) const SECTOR_SHIFT: u32 = 9;
@@ -166,6 +166,6 @@ fn holders(device: &Device) -> String {
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
     let is_swap = swaps
         .lines()
-        .any(|line| line.split_whitespace().next().is_some_and(|swap| PathBuf::from(swap) == path));
+        .any(|line| line.split_whitespace().next().is_some_and(|swap| path == Path::new(swap)));
     if is_swap { " as swap".into() } else { " by another process".into() }
 }
