@@ -8,6 +8,7 @@
 pub mod block;
 pub mod daemon;
 pub mod decoders;
+pub mod direct;
 pub mod faulty;
 pub mod file_system;
 pub mod lab;

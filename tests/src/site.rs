@@ -12,6 +12,7 @@ use secondsite_control::ca::Authority;
 use secondsite_control::clock::{Clock, SystemClock};
 use secondsite_control::pki::{self, Identity, Role};
 use secondsite_tracker::freeze::Freezer;
+use secondsite_tracker::splice::Splicer;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -121,7 +122,7 @@ impl InProcess {
             memory_bytes: MEMORY_BYTES,
             workers: 2,
             freezer: Freezer::start(&self.folder.join("notes")).expect("a freezer"),
-            splicer: None,
+            splicer: Splicer::start(&self.folder.join("splice")).ok(),
         };
         let source = Source::start(config, Box::new(|| {}));
         source.assign(self.assignment.clone());

@@ -11,6 +11,7 @@ use secondsite_tests::random::Random;
 use secondsite_tests::site::InProcess;
 use secondsite_tests::stamps::Stamps;
 use secondsite_tests::wait_until;
+use secondsite_tracker::device::Device;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,13 @@ fn every_point_is_a_prefix_of_the_writes() {
     site.follow();
     assert!(site.trackers().iter().all(|tracker| tracker == "ublk"), "{:?}", site.trackers());
 
-    let names = (0..devices.len()).map(|n| format!("/dev/secondsite/disk{n}").into());
+    // Under a volume of device-mapper the filter was put while it is there; in front of another
+    // device it has a name of its own.
+    let is_mapped = |path: &Path| Device::open(path).is_ok_and(|device| device.is_mapped());
+    let names = devices.iter().enumerate().map(|(number, path)| match is_mapped(path) {
+        true => path.clone(),
+        false => format!("/dev/secondsite/disk{number}").into(),
+    });
     let stamps = Stamps::new(&names.collect::<Vec<PathBuf>>(), PLACES);
     let threads = number("SECONDSITE_LAB_THREADS", 6);
     let load = Load::start((0..threads).map(|_| stamps.writer(&mut random)).collect());

@@ -28,7 +28,7 @@ const CHECK_CODES: [(&str, &str); 4] =
     [("0", "ok"), ("1", "warning"), ("2", "critical"), ("3", "unknown")];
 
 /// By command: what to type, and what it does. Every one is parsed by a test.
-const EXAMPLES: [(&str, &[(&str, &str)]); 16] = [
+const EXAMPLES: [(&str, &[(&str, &str)]); 17] = [
     (
         "setup",
         &[
@@ -39,6 +39,13 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 16] = [
     ("control", &[("secondsite control", "What secondsite-control.service runs.")]),
     ("target", &[("secondsite target", "What secondsite-target.service runs.")]),
     ("replicate", &[("secondsite replicate", "What secondsite-agent.service runs.")]),
+    (
+        "filter",
+        &[
+            ("secondsite filter", "What secondsite-filter.service runs."),
+            ("secondsite filter --status", "The volumes that are filtered, and how they are."),
+        ],
+    ),
     ("token", &[("secondsite token --ttl 10m", "A token for one server, good for 10 minutes.")]),
     (
         "join",

@@ -12,7 +12,7 @@ use crate::device::Device;
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What sizes are counted in, whatever the block size.
 pub(super) const SECTOR_SHIFT: u32 = 9;
@@ -81,7 +81,11 @@ impl Backing {
             (self.read_only, ATTR_READ_ONLY),
             (number("rotational") == 1, ATTR_ROTATIONAL),
             (volatile, ATTR_VOLATILE_CACHE),
-            (volatile && number("fua") == 1, ATTR_FUA),
+            // Also where the device has none: a write with FUA goes down as one, and the kernel
+            // flushes after it there. Were it to flush after it up here, a write that is done but
+            // not yet flushed would count as under way with a server that is gone, and the kernel
+            // (6.12) would wait for it for ever before it lets another one take over.
+            (volatile, ATTR_FUA),
         ];
         let logical =
             shift(u64::from(self.device.logical_block_bytes)).unwrap_or(SECTOR_SHIFT as u8);
@@ -162,6 +166,6 @@ fn holders(device: &Device) -> String {
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
     let is_swap = swaps
         .lines()
-        .any(|line| line.split_whitespace().next().is_some_and(|swap| PathBuf::from(swap) == path));
+        .any(|line| line.split_whitespace().next().is_some_and(|swap| path == Path::new(swap)));
     if is_swap { " as swap".into() } else { " by another process".into() }
 }
