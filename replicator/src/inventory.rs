@@ -7,10 +7,11 @@
 //! Both read from the devices, and a read from one that does not answer cannot be interrupted: the
 //! look is bounded from outside ([`bounded`]), and what it waits for is named.
 
-use crate::filter::client::Client;
+use crate::filter::client::{Client, Listed};
 use secondsite_control::api::InventoryDevice;
 use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::Ebpf;
+use secondsite_tracker::splice;
 use serde::Deserialize;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -137,8 +138,8 @@ fn look(allow: &[PathBuf], filter: &Path) -> Result<Vec<InventoryDevice>, Invent
         let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
         return Err(InventoryError::Run(text));
     }
-    let filter = Client::connect(filter, FILTER_LIMIT).and_then(|client| client.hello());
-    let filter = filter.map(drop).map_err(|error| error.to_string());
+    let filter = Client::connect(filter, FILTER_LIMIT).and_then(|client| client.list());
+    let filter = filter.map_err(|error| error.to_string());
     let mut devices = read(&output.stdout, &Host { ebpf: Ebpf::supported(), filter })?;
     devices.retain(|device| allows(allow, Path::new(&device.path)));
     Ok(devices)
@@ -159,6 +160,8 @@ pub trait Facts {
     fn ebpf(&self) -> Result<(), String>;
     /// Whether a filter runs here; else why not.
     fn filter(&self) -> Result<(), String>;
+    /// The volume whose filter this device is, or what that serves from.
+    fn filter_of(&self, path: &Path) -> Option<String>;
     /// Where a partition starts on its disk, bytes.
     fn start_bytes(&self, kname: &str) -> Option<u64>;
     /// Whether a swap area is on it. `lsblk` knows file systems only where udev runs.
@@ -169,7 +172,7 @@ pub trait Facts {
 
 struct Host {
     ebpf: Result<(), String>,
-    filter: Result<(), String>,
+    filter: Result<Vec<Listed>, String>,
 }
 
 impl Facts for Host {
@@ -183,7 +186,16 @@ impl Facts for Host {
     }
 
     fn filter(&self) -> Result<(), String> {
-        self.filter.clone()
+        self.filter.as_ref().map(drop).map_err(String::clone)
+    }
+
+    fn filter_of(&self, path: &Path) -> Option<String> {
+        let listed = self.filter.iter().flatten();
+        let ours = |listed: &&Listed| {
+            let below = listed.backing.file_name().is_some_and(splice::is_below);
+            listed.device.as_deref() == Some(path) || below && listed.backing == path
+        };
+        listed.filter(ours).map(|listed| listed.name.clone()).next()
     }
 
     fn start_bytes(&self, kname: &str) -> Option<u64> {
@@ -300,6 +312,12 @@ impl List<'_> {
     }
 
     fn trackers(&self, node: &Node) -> (Vec<String>, String) {
+        if let Some(volume) = self.facts.filter_of(Path::new(&node.path)) {
+            return (
+                Vec::new(),
+                format!("it belongs to the filter of {volume}: choose that volume"),
+            );
+        }
         if let Err(why) = self.facts.volume(Path::new(&node.path)) {
             return (Vec::new(), why);
         }

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154 # from guest/run
-# The filter in the write path of two volumes: writers that never rest, a cut after another, and each
-# point on the target has to be a prefix of the write order.
+# The filter under two volumes: writers that never rest, a cut after another, and each point on the
+# target has to be a prefix of the write order; also after kills of the filter and of the agent.
 modprobe -a ublk_drv dm-mod
 filter=/run/order
 secondsite filter --dir "$filter" --list /run/order.volumes 2>/run/order.log &
@@ -20,5 +20,6 @@ order() {
 }
 SECONDSITE_LAB_POINTS=${SECONDSITE_LONG:+2000}
 export SECONDSITE_LAB_POINTS=${SECONDSITE_LAB_POINTS:-200}
+export SECONDSITE_LAB_KILLS=$((SECONDSITE_LAB_POINTS / 20)) SECONDSITE_LAB_RESTARTS=$((SECONDSITE_LAB_POINTS / 50))
 check "every point of $SECONDSITE_LAB_POINTS is a prefix of the writes" order
 note_lines ' points in '

@@ -4,7 +4,6 @@
 # open /dev/secondsite/NAME. Their replicas are checked between two cuts.
 modprobe -a ublk_drv dm-mod loop ext4 xfs
 export HOME=/root
-b=$(readlink -f /dev/disk/by-id/virtio-b)
 await() { # await SECONDS COMMAND...
     local end=$((SECONDS + $1))
     shift
@@ -15,14 +14,10 @@ await() { # await SECONDS COMMAND...
 }
 
 # ---- a logical volume with a database, at work
-lvm="--config devices/use_devicesfile=0 --config activation/udev_sync=0 --config activation/udev_rules=0"
-# shellcheck disable=SC2086
-{
-    check "a volume group" vgcreate -y $lvm vg0 /dev/disk/by-id/virtio-a
-    check "a logical volume" lvcreate -y $lvm -Wn -L 96M -n pg vg0
-}
-volume=/dev/vg0/pg
-[ -e "$volume" ] || volume=/dev/mapper/vg0-pg
+settings='activation { udev_sync = 0 udev_rules = 0 } devices { use_devicesfile = 0 scan = [ "/dev" ] }'
+check "a volume group" vgcreate -y --config "$settings" vg0 "$(readlink -f /dev/disk/by-id/virtio-a)"
+check "a logical volume" lvcreate -y --config "$settings" -Wn -L 96M -n pg vg0
+volume=/dev/mapper/vg0-pg
 mkfs.ext4 -q "$volume"
 mkdir -p /mnt/pg /run/pg
 mount "$volume" /mnt/pg
@@ -36,6 +31,10 @@ as_postgres postgres -D /mnt/pg/data -k /run/pg -c listen_addresses= -c max_wal_
 check "PostgreSQL answers" await 60 as_postgres pg_isready -q -h /run/pg
 sql() { as_postgres psql -h /run/pg -d postgres -XAtq -v ON_ERROR_STOP=1 -c "$1"; }
 check "a table" sql 'CREATE TABLE ledger (n bigint PRIMARY KEY)'
+
+# An unmounted disk: XFS wants more than those of the lab have.
+truncate -s 320M /run/disk.img
+b=$(losetup -f --show /run/disk.img)
 
 # ---- both sites on this machine
 printf '[target]\nreserve = "16MiB"\n' >/run/reserve.toml
@@ -56,13 +55,15 @@ agent=$!
 (n=0; while sql "INSERT INTO ledger VALUES ($((n += 1)))" >/dev/null 2>>/run/ledger.errors; do echo "$n" >/run/ledger; done) &
 ledger=$!
 check "protect the logical volume" secondsite protect lab --volumes "$volume" --rpo 1h --yes
-check "its filter was put under it, in use" await 60 grep -q ublkb <(lsblk -no NAME 2>/dev/null || ls /sys/block)
+spliced() { dmsetup table vg0-pg | grep -q " linear $(cat /sys/block/ublkb0/dev) 0"; }
+check "its filter was put under it, in use" await 60 spliced
 check "a point" timeout 120 secondsite cut lab --wait --yes
 tracked() { secondsite status lab --json | tr -d ' \n' | grep -q '"tracker":"ublk"'; }
 check "followed by the filter" tracked
 check "verify under load" timeout 120 secondsite verify lab --yes
 
 # ---- an unmounted disk
+check "the filter itself is no volume" sh -c '! secondsite protect lab --volumes /dev/ublkb0 --tracker ebpf --dry-run --yes'
 check "protect a disk" secondsite protect lab --volumes "$b" --tracker ublk --rpo 1h --yes
 name=/dev/secondsite/${b##*/}
 check "its stable name" await 60 test -b "$name"

@@ -166,6 +166,11 @@ pub enum Change {
     Already,
 }
 
+/// Whether a device of this name was made by [`Splicer::prepare`].
+pub fn is_below(name: &std::ffi::OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with(PREFIX) && name.ends_with("-below"))
+}
+
 /// Reads what a volume leads to: its targets, and the number of its events.
 pub fn describe(volume: &Path) -> Result<Table, SpliceError> {
     let device = Device::open(volume)?;

@@ -9,6 +9,7 @@ use std::time::Duration;
 /// A host as the fixtures were recorded on.
 struct Recorded {
     ebpf: bool,
+    filtered: bool,
 }
 
 impl Facts for Recorded {
@@ -17,6 +18,12 @@ impl Facts for Recorded {
             Some("/dev/sdb" | "/dev/sdc") => Err("member of md0: choose /dev/md0".into()),
             _ => Ok(()),
         }
+    }
+    fn filter(&self) -> Result<(), String> {
+        if self.filtered { Ok(()) } else { Err("no filter runs".into()) }
+    }
+    fn filter_of(&self, path: &Path) -> Option<String> {
+        (path == Path::new("/dev/ublkb0")).then(|| "vg0/pg".into())
     }
     fn ebpf(&self) -> Result<(), String> {
         if self.ebpf { Ok(()) } else { Err("the kernel has no BTF".into()) }
@@ -37,7 +44,7 @@ impl Facts for Recorded {
 }
 
 fn inventory(fixture: &str, ebpf: bool) -> Vec<InventoryDevice> {
-    read(fixture.as_bytes(), &Recorded { ebpf }).unwrap()
+    read(fixture.as_bytes(), &Recorded { ebpf, filtered: false }).unwrap()
 }
 
 fn find<'a>(devices: &'a [InventoryDevice], name: &str) -> &'a InventoryDevice {
@@ -91,7 +98,7 @@ fn loop_devices_and_hosts_without_udev_or_btf() {
 #[test]
 fn nothing_attached_is_an_empty_inventory() {
     assert!(inventory("", true).is_empty());
-    assert!(read(b"{\"blockdevices\": 3}", &Recorded { ebpf: true }).is_err());
+    assert!(read(b"{\"blockdevices\": 3}", &Recorded { ebpf: true, filtered: false }).is_err());
 }
 
 #[test]
@@ -115,4 +122,18 @@ fn a_look_that_stalls_is_left_alone_until_it_ends() {
     // One that panics stands in nobody's way.
     assert!(bounded(&WAITS_FOR, patient, || panic!("a broken invariant")).is_err());
     assert_eq!(bounded(&WAITS_FOR, patient, || 8).ok(), Some(8));
+}
+
+#[test]
+fn where_a_filter_runs_it_is_offered_for_what_it_can_be_put_under() {
+    let devices = read(SERVER.as_bytes(), &Recorded { ebpf: true, filtered: true }).unwrap();
+    // First where nothing changes for the users of the volume, last where they open another device.
+    assert_eq!(find(&devices, "vg0/pg").trackers, ["ublk", "compare"]);
+    assert_eq!(find(&devices, "vg0/pg").refused, "");
+    assert_eq!(find(&devices, "sda").trackers, ["ebpf", "ublk", "compare"]);
+    let filter = br#"{"blockdevices": [{"name": "ublkb0", "kname": "ublkb0", "path": "/dev/ublkb0",
+        "type": "disk", "size": 1073741824, "mountpoints": [null], "fstype": null}]}"#;
+    let devices = read(filter, &Recorded { ebpf: true, filtered: true }).unwrap();
+    assert_eq!(devices[0].trackers, [""; 0]);
+    assert!(devices[0].refused.contains("choose that volume"), "{}", devices[0].refused);
 }

@@ -56,8 +56,7 @@ pub fn attach(
         return Err(shrunk(&device, assigned.size_bytes));
     }
     let (name, tracker, ebpf): (_, Arc<dyn Tracker>, _) = match chosen {
-        Chosen::Filter(filter) => {
-            let tracker = Arc::new(filter);
+        Chosen::Filter(tracker) => {
             // Below the filter: a read above it would only pass through it.
             let below = tracker.backing().clone();
             let below = RingDisk::open(below, assigned.block_bytes, &memory.arena, read_bytes)
@@ -83,7 +82,7 @@ pub fn attach(
 
 /// What follows the writes.
 enum Chosen {
-    Filter(FilterTracker),
+    Filter(Arc<FilterTracker>),
     Ebpf(Arc<EbpfTracker>),
     Compare,
 }
@@ -106,7 +105,7 @@ fn choose(
         match behind_filter(assigned, device, places) {
             Ok(filter) => {
                 remove_pins(pins);
-                return Ok((Chosen::Filter(filter), None));
+                return Ok((Chosen::Filter(Arc::new(filter)), None));
             }
             Err(why) if wanted => return Err(why),
             Err((_, why)) => no_filter = Some(why),

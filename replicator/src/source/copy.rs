@@ -98,8 +98,7 @@ impl Shipper {
         let mut bench = volume.bench();
         encode(
             bench.disk.as_mut(),
-            &commons.memory.bulk,
-            &commons.workers,
+            &commons,
             &volume,
             &runs,
             purpose,

@@ -65,15 +65,8 @@ impl Shipper {
             verify.held(runs);
         }
         let Bench { disk, pass, unreadable, .. } = bench;
-        let result = encode(
-            disk.as_mut(),
-            &commons.memory.bulk,
-            &commons.workers,
-            &volume,
-            runs,
-            Purpose::Epoch,
-            read,
-            |encoded| {
+        let result =
+            encode(disk.as_mut(), &commons, &volume, runs, Purpose::Epoch, read, |encoded| {
                 let (session, ledger) = self.parts()?;
                 if let Some((body, digest)) = encoded.body {
                     let frame = data_frame(session, ledger, *pass, encoded.offset, body);
@@ -96,8 +89,7 @@ impl Shipper {
                     note_unreadable(unreadable, encoded.unreadable);
                 }
                 Ok(())
-            },
-        );
+            });
         if result.is_err() {
             recorded.sort_unstable();
             mark_all(volume.marks(), &subtract(runs, &merge(recorded)));

@@ -9,7 +9,7 @@ use crate::source::buffers::{Buffer, Pool};
 use crate::source::pipeline::{Encoded, JOBS_MAX, Job, Purpose, Workers};
 use crate::source::runs::{Packer, Shape};
 use crate::source::seams::{Batch, Disk};
-use crate::source::shipper::StepError;
+use crate::source::shipper::{Commons, StepError};
 use crate::source::volume::Volume;
 use crossbeam::channel::{Receiver, bounded};
 use secondsite_tracker::marks::BlockRun;
@@ -95,8 +95,7 @@ pub fn read_in_order(
 /// batch right after it was read, and may leave pieces out of it.
 pub fn encode(
     disk: &mut dyn Disk,
-    pool: &Pool,
-    workers: &Workers,
+    commons: &Commons,
     volume: &Volume,
     runs: &[BlockRun],
     purpose: Purpose,
@@ -108,7 +107,7 @@ pub fn encode(
     let (mut tag, mut jobs) = (0, 0);
     let result = (|| {
         loop {
-            fill(&mut packer, disk, pool, volume, jobs, &mut tag)?;
+            fill(&mut packer, disk, &commons.memory.bulk, volume, jobs, &mut tag)?;
             if disk.outstanding() == 0 && jobs == 0 {
                 return Ok(());
             }
@@ -116,7 +115,7 @@ pub fn encode(
                 let mut batch = disk.wait()?;
                 read(&mut batch);
                 let shape: Arc<Shape> = volume.shape.clone();
-                workers.submit(Job { batch, shape, purpose, reply: reply.clone() });
+                commons.workers.submit(Job { batch, shape, purpose, reply: reply.clone() });
                 jobs += 1;
             } else {
                 sink(received(&encoded))?;

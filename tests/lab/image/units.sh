@@ -45,6 +45,20 @@ check "the agent may pin" await 60 sh -c 'ls /sys/fs/bpf/secondsite/*/*/link_que
 check "an exact point" timeout 90 secondsite cut lab --wait --yes
 check "verify: the replica is the disk" timeout 90 secondsite verify lab --yes
 
+# A second disk behind the filter: what the agent's unit may do is enough for it.
+other=$(readlink -f /dev/disk/by-id/virtio-b)
+check "the filter runs" systemctl start secondsite-filter
+check "protect behind it" secondsite protect lab --volumes "$other" --tracker ublk --rpo 10s --yes
+name=/dev/secondsite/${other##*/}
+check "its stable name" await 60 test -b "$name"
+dd if=/dev/urandom of="$name" bs=1M count=4 oflag=direct status=none
+check "an exact point of both" timeout 120 secondsite cut lab --wait --yes
+behind() { secondsite status lab --json | tr -d ' \n' | grep -q '"tracker":"ublk"'; }
+check "followed by the filter" behind
+check "verify both" timeout 120 secondsite verify lab --yes
+check "the filter is restarted under it" systemctl restart secondsite-filter
+check "and goes on" timeout 60 dd if=/dev/urandom of="$name" bs=1M count=4 oflag=direct status=none
+
 declare -A before=()
 for unit in "${units[@]}"; do
     before[$unit]=$(property "$unit" MainPID)

@@ -70,6 +70,9 @@ impl Facts for Unknown {
     fn filter(&self) -> Result<(), String> {
         Ok(())
     }
+    fn filter_of(&self, _: &Path) -> Option<String> {
+        None
+    }
     fn start_bytes(&self, _: &str) -> Option<u64> {
         Some(1 << 20)
     }
