@@ -50,7 +50,8 @@ fn every_point_is_a_prefix_of_the_writes() {
     let begun = Instant::now();
     let (kills, restarts) =
         (number("SECONDSITE_LAB_KILLS", 0), number("SECONDSITE_LAB_RESTARTS", 0));
-    let due = |count: u64, point: u64| count > 0 && (point + 1).is_multiple_of((points / count).max(1));
+    let due =
+        |count: u64, point: u64| count > 0 && (point + 1).is_multiple_of((points / count).max(1));
     for point in 0..points {
         if due(kills, point) {
             kill_server(&dir);
