@@ -48,7 +48,8 @@ check "verify: the replica is the disk" timeout 90 secondsite verify lab --yes
 # A second disk behind the filter: what the agent's unit may do is enough for it.
 other=$(readlink -f /dev/disk/by-id/virtio-b)
 check "the filter runs" systemctl start secondsite-filter
-check "protect behind it" secondsite protect lab --volumes "$other" --tracker ublk --rpo 10s --yes
+# Offered once the agent has looked again.
+check "protect behind it" await 60 secondsite protect lab --volumes "$other" --tracker ublk --rpo 10s --yes
 name=/dev/secondsite/${other##*/}
 check "its stable name" await 60 test -b "$name"
 dd if=/dev/urandom of="$name" bs=1M count=4 oflag=direct status=none
