@@ -132,11 +132,6 @@ impl<W: Word> Bitmaps<W> {
         Some(if turn.live() == 1 { &self.first } else { second })
     }
 
-    /// Whose turn it is, behind a filter.
-    pub fn turn(&self) -> Option<&Turn<W>> {
-        self.second.as_ref().map(|(_, turn)| turn)
-    }
-
     /// Number of blocks.
     pub fn blocks(&self) -> u64 {
         self.blocks

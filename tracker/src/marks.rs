@@ -198,6 +198,10 @@ impl<W: Word> Marks<W> {
         let _one = self.one_at_a_time();
         let cut = self.header().cut();
         assert!(cut.state != State::Stands, "begin: the cut of epoch {} stands", cut.epoch);
+        if !self.bitmaps.cut_is_clear() {
+            // A flip that nobody follows: its answer was lost, and the filter made it later.
+            self.bitmaps.restore();
+        }
         assert!(self.bitmaps.taken_is_clear(), "begin: the taken bitmap is not clear");
         self.flip.store(0, Relaxed);
         self.collected.store(false, Relaxed);

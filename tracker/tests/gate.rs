@@ -634,6 +634,23 @@ fn run(seed: u64, mistake: Option<Mistake>) -> (u32, u32, u64) {
     (world.points, world.fallen, world.preserved)
 }
 
+/// The answer to a cut may be lost, and the filter make it after the agent has gone on.
+#[test]
+fn a_flip_that_nobody_follows_is_live_again() {
+    let (group, memory) = (Group::in_memory(), Shared::heap(&form()));
+    let filters = Shared::in_memory(form(), &group, false, &memory);
+    let ours = Shared::in_memory(form(), &group, true, &memory);
+    let gate = Gate::new(Arc::new(filters), 1, DEPTH);
+    gate.take_over();
+    assert_eq!(gate.admit(0, 0, 0..BLOCK, &mut Vec::new()), Admission::Go);
+    gate.completed(0, 0);
+    Gate::cut(&group, std::iter::once(&gate)).unwrap();
+    assert_eq!(ours.marks().live_count(), 0);
+    ours.marks().begin(1, [1; 16]);
+    assert_eq!(ours.marks().live_count(), 1, "what it held is live");
+    assert!(ours.marks().cut_is_clear());
+}
+
 fn seeds() -> Range<u64> {
     if let Some(seed) = std::env::var("SECONDSITE_SEED").ok().and_then(|seed| seed.parse().ok()) {
         return seed..seed + 1;

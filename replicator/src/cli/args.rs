@@ -206,9 +206,6 @@ pub struct ProtectArgs {
     /// How writes are followed
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: Tracker,
-    /// Device of the server for what a filter has to preserve and memory has no room for
-    #[arg(long, value_name = "DEVICE")]
-    pub reserve: Option<String>,
     /// Unit of tracking, a power of two [default: 4KiB up to 4 TiB, 16KiB above]
     #[arg(long, value_name = "SIZE", value_parser = block_size)]
     pub block_size: Option<u32>,

@@ -29,7 +29,8 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
             Keep::None => "none".into(),
         },
         tracker: args.tracker.into(),
-        reserve: args.reserve.clone(),
+        // Nothing is preserved beyond memory yet.
+        reserve: None,
         block_bytes: args.block_size,
         include_swap: args.include_swap,
         dry_run: args.dry_run,

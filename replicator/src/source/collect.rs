@@ -108,8 +108,12 @@ impl Shipper {
     }
 }
 
-/// The header still says that the cut stands, and the filter that it has not given it up.
+/// The header still says that the cut stands, and the filter that it has neither given it up nor
+/// flipped again: then the layer would hold what came later.
 fn stands(shared: &Arc<Shared>, marks: &Marks, flip: u64) -> Result<(), StepError> {
+    if shared.flipped() != flip {
+        return Err(StepError::GiveUp("the filter made another cut meanwhile".into()));
+    }
     if flip == 0 || !marks.cut().stands {
         let why = shared.fallen(flip).unwrap_or("the cut no longer stands");
         return Err(StepError::GiveUp(why.into()));

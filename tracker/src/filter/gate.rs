@@ -185,11 +185,6 @@ impl Gate {
         &self.shared
     }
 
-    /// Lanes.
-    pub fn lanes(&self) -> usize {
-        self.lanes.len()
-    }
-
     /// A write, discard or write-zeroes of these bytes arrived, or is tried again. `out` gets
     /// copies that this lane makes now, whatever the answer; [`Self::preserved`] follows each.
     pub fn admit(
@@ -221,7 +216,6 @@ impl Gate {
         let sectors = (bytes.end - bytes.start) >> 9;
         self.shared.note(lane, tag, run);
         self.shared.count(lane, sectors, 0);
-        self.shared.count_write();
         in_lane.in_flight[usize::from(tag)] = Some(InFlight { run, sectors, flip });
         Admission::Go
     }
@@ -311,7 +305,7 @@ impl Gate {
         }
         group.word()[0].store(flip, SeqCst);
         for (number, gate) in gates.enumerate() {
-            if number % 2 == 1 {
+            if gate.bug == Some(Bug::FlipApart) && number % 2 == 1 {
                 gate.late.store(LATE, Relaxed);
             }
             if lock(&gate.keeper).is_settled() {

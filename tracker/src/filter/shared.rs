@@ -16,7 +16,6 @@
 //! | 7 | the flip all of whose earlier writes are done |
 //! | 8 | the flip whose cut the filter has given up |
 //! | 9 | why: 1 the area was full, 2 a block could not be preserved |
-//! | 10, 11 | writes let through; blocks preserved, since the volume was added |
 //! | 64 + 8 a lane | sectors submitted, sectors completed |
 //!
 //! An entry is 0 while its slot is free, all ones while a copy into it is under way, else the
@@ -56,8 +55,6 @@ const AT_TURN: usize = 6;
 const AT_SETTLED: usize = 7;
 const AT_FALLEN: usize = 8;
 const AT_WHY: usize = 9;
-const AT_WRITES: usize = 10;
-const AT_PRESERVED: usize = 11;
 const AT_LANES: usize = 64;
 const LANE_WORDS: usize = 8;
 
@@ -412,11 +409,6 @@ impl Shared {
         (completed, sum(0))
     }
 
-    /// Writes let through and blocks preserved, since the volume was added.
-    pub fn counts(&self) -> (u64, u64) {
-        (self.gate[AT_WRITES].load(Relaxed), self.gate[AT_PRESERVED].load(Relaxed))
-    }
-
     // What follows is the gate's.
 
     pub(super) fn turn(&self) -> &Turn<AtomicU64> {
@@ -445,10 +437,6 @@ impl Shared {
                 word.store(word.load(Relaxed) + by, SeqCst);
             }
         }
-    }
-
-    pub(super) fn count_write(&self) {
-        self.gate[AT_WRITES].fetch_add(1, Relaxed);
     }
 
     /// A write is in flight from here on; before it is submitted.
@@ -500,7 +488,6 @@ impl Shared {
     pub(super) fn publish(&self, slot: u32, flip: u64, block: u64) {
         debug_assert!(block < (1 << BLOCK_BITS) - 1);
         self.entries[slot as usize].store((flip & FLIP_MASK) << BLOCK_BITS | (block + 1), Release);
-        self.gate[AT_PRESERVED].fetch_add(1, Relaxed);
     }
 
     pub(super) fn free_all(&self) {
