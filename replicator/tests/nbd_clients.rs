@@ -100,17 +100,29 @@ fn nbdinfo_sees_what_is_served() {
     site.server.add("bare", Site::base_of(site.dir.path())).unwrap();
     let mode = std::fs::symlink_metadata(site.socket()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let listed = succeed("nbdinfo", &["--list", &format!("nbd+unix:///?socket={}", site.path("socket"))]);
+    let listed =
+        succeed("nbdinfo", &["--list", &format!("nbd+unix:///?socket={}", site.path("socket"))]);
     for text in [
-        "export=\"bare\"", "export=\"disk\"", "export-size: 67108864 (64M)", "can_multi_conn: true",
-        "can_flush: true", "can_fua: true", "can_trim: true", "can_zero: true", "can_df: true",
-        "can_fast_zero: true", "can_cache: true", "base:allocation", "block_size_maximum: 33554432",
+        "export=\"bare\"",
+        "export=\"disk\"",
+        "export-size: 67108864 (64M)",
+        "can_multi_conn: true",
+        "can_flush: true",
+        "can_fua: true",
+        "can_trim: true",
+        "can_zero: true",
+        "can_df: true",
+        "can_fast_zero: true",
+        "can_cache: true",
+        "base:allocation",
+        "block_size_maximum: 33554432",
         "structured packets",
     ] {
         assert!(listed.contains(text), "{text} in\n{listed}");
     }
     let map = succeed("nbdinfo", &["--map", &site.uri()]);
-    let runs: Vec<_> = map.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
+    let runs: Vec<_> =
+        map.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
     assert_eq!(runs.len(), 64, "{map}");
     assert_eq!(runs[0], ["0", "1048576", "0", "data"]);
     assert_eq!(runs[1], ["1048576", "1048576", "3", "hole,zero"]);
@@ -160,12 +172,28 @@ fn qemu_io_finds_what_it_wrote() {
         said
     };
     io(&[
-        "write -P 0x11 0 1M", "write -P 0x22 513 5000", "read -P 0x11 0 513", "read -P 0x22 513 5000",
-        "write -f -P 0x33 2M 64k", "flush", "read -P 0x33 2M 64k", "write -z 256k 128k",
-        "write -z -u 512k 100000", "read -P 0 256k 128k", "read -P 0 512k 100000",
-        "discard 2M 64k", "read 2M 64k", "write -P 0x44 63M 1M", "read -P 0x44 63M 1M",
-        "write -q -P 0x55 4M 32M", "read -q -P 0x55 4M 32M", "aio_write -P 0x66 40M 1M",
-        "aio_write -P 0x77 41M 1M", "aio_read 4M 1M", "aio_flush", "read -P 0x66 40M 1M",
+        "write -P 0x11 0 1M",
+        "write -P 0x22 513 5000",
+        "read -P 0x11 0 513",
+        "read -P 0x22 513 5000",
+        "write -f -P 0x33 2M 64k",
+        "flush",
+        "read -P 0x33 2M 64k",
+        "write -z 256k 128k",
+        "write -z -u 512k 100000",
+        "read -P 0 256k 128k",
+        "read -P 0 512k 100000",
+        "discard 2M 64k",
+        "read 2M 64k",
+        "write -P 0x44 63M 1M",
+        "read -P 0x44 63M 1M",
+        "write -q -P 0x55 4M 32M",
+        "read -q -P 0x55 4M 32M",
+        "aio_write -P 0x66 40M 1M",
+        "aio_write -P 0x77 41M 1M",
+        "aio_read 4M 1M",
+        "aio_flush",
+        "read -P 0x66 40M 1M",
     ]);
     // The same over a new connection.
     io(&["read -P 0x22 513 5000", "read -P 0 256k 128k", "read -P 0x77 41M 1M", "map"]);
@@ -177,9 +205,19 @@ fn fio_verifies_what_it_wrote_with_many_requests_in_flight() {
     let uri = format!("--uri=nbd+unix:///disk?socket={}", site.path("socket"));
     for size in ["--bs=4k", "--bsrange=512-300k"] {
         let arguments = [
-            "--name=verify", "--ioengine=nbd", "--rw=randwrite", "--iodepth=32", "--verify=crc32c",
-            "--do_verify=1", "--verify_fatal=1", "--size=24m", "--randrepeat=0", "--fsync=64",
-            "--bs_unaligned", size, &uri,
+            "--name=verify",
+            "--ioengine=nbd",
+            "--rw=randwrite",
+            "--iodepth=32",
+            "--verify=crc32c",
+            "--do_verify=1",
+            "--verify_fatal=1",
+            "--size=24m",
+            "--randrepeat=0",
+            "--fsync=64",
+            "--bs_unaligned",
+            size,
+            &uri,
         ];
         let said = succeed("fio", &arguments);
         assert!(said.contains("err= 0"), "{said}");
@@ -245,7 +283,10 @@ fn a_request_that_cannot_be_served_is_answered_and_the_next_one_served() {
     client.send(WRITE, 7, 0, PAYLOAD_BYTES_MAX + 1).unwrap();
     client.socket.write_all(&vec![1; PAYLOAD_BYTES_MAX as usize + 1]).unwrap();
     assert_eq!(client.reply().unwrap(), (libc::EOVERFLOW as u32, 7));
-    assert_eq!(client.read(0, PAYLOAD_BYTES_MAX as usize + 1).unwrap(), Err(libc::EOVERFLOW as u32));
+    assert_eq!(
+        client.read(0, PAYLOAD_BYTES_MAX as usize + 1).unwrap(),
+        Err(libc::EOVERFLOW as u32)
+    );
     assert_eq!(client.read(64 * MIB - 1, 2).unwrap(), Err(libc::EINVAL as u32));
     assert_eq!(client.write(64 * MIB - 1, &[1, 2]).unwrap(), libc::ENOSPC as u32);
     client.send(77, 8, 0, 0).unwrap();
@@ -378,8 +419,9 @@ fn stopping_ends_clients_and_removes_the_socket() {
     assert!(other.read(0, 512).unwrap().is_ok(), "another export goes on");
     assert!(Server::new(None).unwrap().listen_unix(&site.socket()).is_err(), "it is in use");
     // One too many is closed, not queued.
-    let all: Vec<_> =
-        (0..CONNECTIONS_MAX).filter_map(|_| RawClient::connect(&site.socket(), "other").ok()).collect();
+    let all: Vec<_> = (0..CONNECTIONS_MAX)
+        .filter_map(|_| RawClient::connect(&site.socket(), "other").ok())
+        .collect();
     assert!(all.len() < CONNECTIONS_MAX && all.len() > CONNECTIONS_MAX - 5, "{}", all.len());
     assert!(site.server.stop());
     assert!(!site.socket().exists());
@@ -405,8 +447,7 @@ fn with_certificates_nothing_goes_without_tls() {
     let image = site.image("image");
     succeed("nbdcopy", &[&image, &uri]);
     let credentials = format!("tls-creds-x509,id=t,endpoint=client,dir={pki}");
-    let options =
-        format!("driver=nbd,host=127.0.0.1,port={},export=disk,tls-creds=t", tcp.port());
+    let options = format!("driver=nbd,host=127.0.0.1,port={},export=disk,tls-creds=t", tcp.port());
     let raw = format!("driver=file,filename={image}");
     succeed("qemu-img", &["compare", "--object", &credentials, "--image-opts", &options, &raw]);
     // Without a certificate of its own a client gets nothing.

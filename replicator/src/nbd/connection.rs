@@ -123,10 +123,7 @@ impl Connection {
             let alone = input.bytes().len() == payload_bytes;
             if payload_bytes <= INPUT_BYTES && self.serve_here(&request, alone) {
                 let _held = self.hold(answer_bytes(&request, &self.terms));
-                let start = Instant::now();
-                let payload = &input.bytes()[..payload_bytes];
-                serve(&*self.device, &self.terms, &request, payload, replies)?;
-                self.took(start.elapsed(), request.bytes);
+                self.serve_one(&request, &input.bytes()[..payload_bytes], replies)?;
                 input.consume(payload_bytes);
                 continue;
             }
@@ -147,7 +144,22 @@ impl Connection {
             || alone && self.in_flight.load(Ordering::Relaxed) == 0
     }
 
-    /// Notes how long a request took. Two threads at once may lose a step: it is a tendency.
+    fn serve_one(
+        &self,
+        request: &Request,
+        payload: &[u8],
+        replies: &mut Replies<'_>,
+    ) -> io::Result<()> {
+        let (start, sending) = (Instant::now(), replies.sending());
+        serve(&*self.device, &self.terms, request, payload, replies)?;
+        if !waits_for_medium(request) {
+            let sending = replies.sending() - sending;
+            self.took(start.elapsed().saturating_sub(sending), request.bytes);
+        }
+        Ok(())
+    }
+
+    /// Notes how long a device took. Two threads at once may lose a step: it is a tendency.
     fn took(&self, elapsed: Duration, bytes: u32) {
         let slow = elapsed > SLOW_AFTER + Duration::from_nanos(u64::from(bytes));
         let before = self.slowness.load(Ordering::Relaxed);
@@ -176,13 +188,9 @@ impl Connection {
     fn work(&self, jobs: &Receiver<Job>) {
         let mut replies = Replies::new(&self.stream);
         for job in jobs {
-            let start = Instant::now();
             // What replies held when a device panicked is never sent: the connection ends.
             let served = catch_unwind(AssertUnwindSafe(|| {
-                serve(&*self.device, &self.terms, &job.request, &job.payload, &mut replies)?;
-                if !waits_for_medium(&job.request) {
-                    self.took(start.elapsed(), job.request.bytes);
-                }
+                self.serve_one(&job.request, &job.payload, &mut replies)?;
                 replies.send()
             }));
             self.in_flight.fetch_sub(1, Ordering::Relaxed);

@@ -128,7 +128,13 @@ impl Negotiation {
     }
 
     /// An option with its data; the reply goes to `out`.
-    pub fn option(&mut self, option: u32, data: &[u8], all: &dyn Exports, out: &mut Vec<u8>) -> Next {
+    pub fn option(
+        &mut self,
+        option: u32,
+        data: &[u8],
+        all: &dyn Exports,
+        out: &mut Vec<u8>,
+    ) -> Next {
         if self.tls_required && !self.secure && !matches!(option, STARTTLS | ABORT) {
             // EXPORT_NAME has no reply that could say so.
             return if option == EXPORT_NAME {

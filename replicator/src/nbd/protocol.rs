@@ -156,7 +156,9 @@ fn judge(
 ) -> Result<Command, ErrorNumber> {
     let has = |flag| flags & flag != 0;
     let (command, allowed) = match kind {
-        0 => (Command::Read { one_chunk: has(FLAG_DF) }, if terms.structured { FLAG_DF } else { 0 }),
+        0 => {
+            (Command::Read { one_chunk: has(FLAG_DF) }, if terms.structured { FLAG_DF } else { 0 })
+        }
         1 => (Command::Write, 0),
         2 => (Command::Disconnect, 0),
         3 => (Command::Flush, 0),

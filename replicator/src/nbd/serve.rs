@@ -11,6 +11,7 @@ use super::protocol::{
 use super::stream::Stream;
 use super::{Device, Zeroing};
 use std::io;
+use std::time::{Duration, Instant};
 
 /// Most data of a chunk, where a read may be answered in several: what stays in a processor's cache.
 pub const PIECE_BYTES_MAX: usize = 256 << 10;
@@ -31,12 +32,14 @@ pub struct Replies<'a> {
     stream: &'a Stream,
     buffer: Box<[u8]>,
     used: usize,
+    /// How long sending has taken so far: the client's time, not the device's.
+    sending: Duration,
 }
 
 impl<'a> Replies<'a> {
     /// None.
     pub fn new(stream: &'a Stream) -> Self {
-        Self { stream, buffer: vec![0; REPLIES_BYTES].into(), used: 0 }
+        Self { stream, buffer: vec![0; REPLIES_BYTES].into(), used: 0, sending: Duration::ZERO }
     }
 
     /// Sends what there is.
@@ -45,7 +48,15 @@ impl<'a> Replies<'a> {
             return Ok(());
         }
         let used = std::mem::take(&mut self.used);
-        self.stream.send(&self.buffer[..used])
+        let start = Instant::now();
+        let sent = self.stream.send(&self.buffer[..used]);
+        self.sending += start.elapsed();
+        sent
+    }
+
+    /// How long sending has taken so far.
+    pub fn sending(&self) -> Duration {
+        self.sending
     }
 
     /// Room for so many bytes; they count once they are [`Self::add_room`].
@@ -94,7 +105,8 @@ pub fn serve(
     replies: &mut Replies<'_>,
 ) -> io::Result<()> {
     let &Request { command, fua, cookie, offset, bytes } = request;
-    let durable = |done: io::Result<()>| if fua { done.and_then(|()| device.flush()) } else { done };
+    let durable =
+        |done: io::Result<()>| if fua { done.and_then(|()| device.flush()) } else { done };
     let range = u64::from(bytes);
     let (done, fast) = match command {
         Command::Read { one_chunk } if one_chunk || !terms.structured => {
@@ -143,7 +155,10 @@ fn read_whole(
         replies.add_room(head + bytes as usize);
         Ok(())
     } else {
-        replies.stream.send(&whole)
+        let start = Instant::now();
+        let sent = replies.stream.send(&whole);
+        replies.sending += start.elapsed();
+        sent
     }
 }
 
@@ -163,7 +178,8 @@ fn read_pieces(
     let mut runs = runs.into_iter();
     while at < end {
         let left = end - at;
-        let (mut run, hole) = runs.next().map_or((left, false), |run| (run.bytes.min(left), run.hole));
+        let (mut run, hole) =
+            runs.next().map_or((left, false), |run| (run.bytes.min(left), run.hole));
         if hole && run > 0 {
             replies.add(&hole_chunk(cookie, at, run as u32, run == left))?;
             at += run;

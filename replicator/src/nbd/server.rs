@@ -276,10 +276,7 @@ impl Shared {
         Connection::serve(stream.clone(), device, terms)
     }
 
-    fn negotiate(
-        &self,
-        stream: &Stream,
-    ) -> io::Result<Option<(String, Arc<dyn Device>, Terms)>> {
+    fn negotiate(&self, stream: &Stream) -> io::Result<Option<(String, Arc<dyn Device>, Terms)>> {
         let mut negotiation = Negotiation::new(self.tls.is_some());
         stream.send(&Negotiation::greeting())?;
         let mut flags = [0; 4];

@@ -113,12 +113,7 @@ impl Stream {
     /// In the clear.
     pub fn new(socket: Socket) -> Self {
         socket.tune();
-        Self {
-            socket,
-            tls: OnceLock::new(),
-            sending: Mutex::default(),
-            deadline: Mutex::default(),
-        }
+        Self { socket, tls: OnceLock::new(), sending: Mutex::default(), deadline: Mutex::default() }
     }
 
     /// From now on within TLS; the handshake is done when this returns.

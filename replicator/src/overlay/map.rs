@@ -165,7 +165,10 @@ impl Map {
             };
             let part = &mut buffer[..COUNT_BYTES.min((end - at) as usize)];
             self.file.read_exact_at(part, at)?;
-            count += part.iter().map(|byte| u64::from((byte & !(byte >> 1) & 0x55).count_ones())).sum::<u64>();
+            count += part
+                .iter()
+                .map(|byte| u64::from((byte & !(byte >> 1) & 0x55).count_ones()))
+                .sum::<u64>();
             at += part.len() as u64;
         }
         Ok(count)

@@ -207,7 +207,8 @@ impl Overlay {
     }
 
     fn reserve(&self, blocks: u64) -> io::Result<()> {
-        let within = |used| Some(used + blocks).filter(|used| *used <= self.blocks_max || blocks == 0);
+        let within =
+            |used| Some(used + blocks).filter(|used| *used <= self.blocks_max || blocks == 0);
         let relaxed = Ordering::Relaxed;
         match self.used_blocks.fetch_update(relaxed, relaxed, within) {
             Ok(_) => Ok(()),
@@ -311,8 +312,9 @@ impl Device for Overlay {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         if how.no_hole {
-            return parts(range, ZEROS.len() as u64)
-                .try_for_each(|part| self.write_at(part.start, &ZEROS[..(part.end - part.start) as usize]));
+            return parts(range, ZEROS.len() as u64).try_for_each(|part| {
+                self.write_at(part.start, &ZEROS[..(part.end - part.start) as usize])
+            });
         }
         let whole = self.whole_blocks(&range);
         if whole.is_empty() {

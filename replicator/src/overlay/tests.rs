@@ -28,10 +28,8 @@ impl Device for Fixed {
         let to_edge = (65536 - offset as usize % 65536).min(range.len());
         let (first, rest) = range.split_at(to_edge);
         let runs = std::iter::once(first).chain(rest.chunks(65536));
-        let run = |run: &[u8]| Run {
-            bytes: run.len() as u64,
-            hole: run.iter().all(|byte| *byte == 0),
-        };
+        let run =
+            |run: &[u8]| Run { bytes: run.len() as u64, hole: run.iter().all(|byte| *byte == 0) };
         Ok(runs.take(limit).map(run).collect())
     }
 }
