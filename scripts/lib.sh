@@ -88,7 +88,7 @@ install_packages=(groff=groff-base systemd-analyze=systemd)
 # What the real ring and the quickstart need besides.
 real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs
     diff=diffutils ip=iproute2
-    nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin)
+    nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin nbdcopy=libnbd-bin qemu-io=qemu-utils fio=fio)
 
 # What the kernel lab runs on, and what its tests use in the guest.
 if grep -qs '^VERSION_ID="12"' /etc/os-release; then
@@ -97,7 +97,7 @@ else
     virtiofsd=/usr/libexec/virtiofsd lab_packages=(/usr/libexec/virtiofsd=virtiofsd)
 fi
 lab_packages+=(qemu-system-x86_64=qemu-system-x86
-    modprobe=kmod xz=xz-utils setpriv=util-linux ip=iproute2 dmsetup=dmsetup lvm=lvm2 "${real_packages[@]}")
+    modprobe=kmod xz=xz-utils nbd-client=nbd-client setpriv=util-linux ip=iproute2 dmsetup=dmsetup lvm=lvm2 "${real_packages[@]}")
 
 # PostgreSQL for the tests that make a cluster of their own: the package would make and start one.
 need_postgresql() {

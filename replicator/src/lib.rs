@@ -7,6 +7,8 @@ pub mod filter;
 pub mod inventory;
 pub mod machine;
 pub mod metrics;
+pub mod nbd;
+pub mod overlay;
 pub mod pulse;
 pub mod source;
 pub mod target;
