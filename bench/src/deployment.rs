@@ -186,6 +186,9 @@ pub fn serve_target(folder: &Path, bytes: u64) -> Result<()> {
         devices: Vec::new(),
         reserve_bytes: 0,
         memory_bytes: MEMORY_BYTES,
+        nbd_socket: folder.join("nbd.sock"),
+        scratch_bytes: 1 << 30,
+        clock: Arc::default(),
     };
     let volume = TargetVolume {
         id: VOLUME.into(),

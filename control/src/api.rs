@@ -314,6 +314,12 @@ pub struct PointReport {
     pub lacking: Vec<String>,
     /// Why it is fuzzy, for people; empty if it is exact.
     pub reason: String,
+    /// Somebody keeps it beyond its time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
+    /// Its name, if somebody gave it one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// An attached block device that could be protected.
@@ -595,6 +601,12 @@ pub struct Point {
     pub lacking: Vec<String>,
     /// Why it is fuzzy; empty if it is exact.
     pub reason: String,
+    /// Somebody keeps it beyond its time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
+    /// Its name, if somebody gave it one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// `POST /api/v1/servers/NAME/orders` with an [`OrderKind`]; answered with the order's number.

@@ -1,4 +1,5 @@
-//! Talking to control: JSON over mutual TLS, one typed call a route.
+//! Talking to control, JSON over mutual TLS, or to the target of this host, over its unix socket:
+//! one typed call a route.
 //!
 //! A connection is kept for the next call. A call that fails says what failed, with the exit code
 //! for a command and what to type; nothing is tried twice unless it was provably never sent.
@@ -10,6 +11,7 @@ use crate::api::{
 };
 use crate::client_error::ClientError;
 use crate::pki::{CONTROL_DNS_NAME, is_name};
+use crate::recovery::{CloseReply, CloseRequest, KeepRequest, OpenRequest, OpenedPoint, Opens};
 use crate::routes::WAIT_SECONDS_MAX;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -21,6 +23,7 @@ use rustls::pki_types::ServerName;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -36,10 +39,16 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest answer, bytes: all points of a server.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
-/// A client of control. Several calls at once take several connections.
+/// How the other side is reached.
+enum Line {
+    Tls(TlsConnector),
+    Unix(PathBuf),
+}
+
+/// A client of control, or of a target. Several calls at once take several connections.
 pub struct Client {
     address: String,
-    connector: TlsConnector,
+    line: Line,
     idle: Mutex<Option<Sender>>,
 }
 
@@ -47,8 +56,34 @@ impl Client {
     /// For control at `HOST:PORT`, with the settings of an [`crate::pki::Identity`] or, before there is
     /// one, of [`crate::pki::client_config_pinned`]. Connects with the first call.
     pub fn new(address: &str, config: Arc<ClientConfig>) -> Self {
-        let connector = TlsConnector::from(config);
-        Self { address: address.to_owned(), connector, idle: Mutex::new(None) }
+        let line = Line::Tls(TlsConnector::from(config));
+        Self { address: address.to_owned(), line, idle: Mutex::new(None) }
+    }
+
+    /// For the target of this host, on its unix socket.
+    pub fn local(socket: &Path) -> Self {
+        let (address, line) = (socket.display().to_string(), Line::Unix(socket.to_owned()));
+        Self { address, line, idle: Mutex::new(None) }
+    }
+
+    /// Opens a recovery point.
+    pub async fn open(&self, server: &str, request: &OpenRequest) -> Result<OpenedPoint> {
+        self.post(&of_server(server, "open")?, request).await
+    }
+
+    /// What is open.
+    pub async fn opens(&self) -> Result<Opens> {
+        self.get("/api/v1/opens", 0).await
+    }
+
+    /// Closes recovery points.
+    pub async fn close(&self, server: &str, request: &CloseRequest) -> Result<CloseReply> {
+        self.post(&of_server(server, "close")?, request).await
+    }
+
+    /// Keeps a recovery point beyond its time, or no longer.
+    pub async fn keep(&self, server: &str, request: &KeepRequest) -> Result<()> {
+        self.post(&of_server(server, "keep")?, request).await
     }
 
     /// Gets the first certificate.
@@ -207,16 +242,30 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<Sender> {
+        let connector = match &self.line {
+            Line::Tls(connector) => connector,
+            Line::Unix(path) => {
+                let stream = tokio::net::UnixStream::connect(path).await;
+                return self.shake_hands(stream.map_err(|error| self.unreachable(error))?).await;
+            }
+        };
         let connect = async {
             let stream = TcpStream::connect(&self.address).await?;
             stream.set_nodelay(true)?;
             let name = ServerName::try_from(CONTROL_DNS_NAME).expect("a DNS name");
-            self.connector.connect(name, stream).await
+            connector.connect(name, stream).await
         };
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, connect)
             .await
             .map_err(|_| self.unreachable("no connection in time"))?
             .map_err(|error| self.unreachable(error))?;
+        self.shake_hands(stream).await
+    }
+
+    async fn shake_hands<S>(&self, stream: S) -> Result<Sender>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.unreachable(error))?;
@@ -256,6 +305,12 @@ impl BlockingClient {
     pub fn new(address: &str, config: Arc<ClientConfig>) -> std::io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(Self { runtime, client: Client::new(address, config) })
+    }
+
+    /// See [`Client::local`].
+    pub fn local(socket: &Path) -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { runtime, client: Client::local(socket) })
     }
 
     /// Makes one call: `client.run(|c| c.status())`. Not from inside an asynchronous runtime.

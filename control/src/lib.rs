@@ -18,6 +18,7 @@ pub mod observed;
 pub mod pki;
 mod plan;
 pub mod problem;
+pub mod recovery;
 mod routes;
 pub mod run;
 mod server;

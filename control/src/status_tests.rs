@@ -45,6 +45,8 @@ fn point(second: i64, consistency: &str, lacking: &[&str]) -> PointReport {
         consistency: consistency.to_owned(),
         lacking: lacking.iter().map(|id| (*id).to_owned()).collect(),
         reason: "writes came in between".to_owned(),
+        kept: false,
+        name: None,
     }
 }
 

@@ -170,6 +170,8 @@ fn what_targets_and_control_say() {
         consistency: "crash".into(),
         lacking: vec![id("d")],
         reason: "why".into(),
+        kept: false,
+        name: None,
     };
     let report = TargetReport {
         target_version: "0.1.0".into(),
@@ -256,6 +258,8 @@ fn what_operators_and_control_say() {
         consistency: "crash".into(),
         lacking: vec!["sdb".into()],
         reason: "why".into(),
+        kept: false,
+        name: None,
     };
     document("points", &Points { schema_version: SCHEMA_VERSION, points: vec![point] });
     let entry =

@@ -26,6 +26,9 @@ use std::time::Duration;
 const RESERVE_BYTES: u64 = 1 << 30;
 /// Memory of a target for frames on their way, unless `memory` says otherwise, bytes.
 const TARGET_MEMORY_BYTES: u64 = 256 << 20;
+/// Most that is written to a volume of an opened recovery point, unless `scratch` says otherwise,
+/// bytes.
+const SCRATCH_BYTES: u64 = 64 << 30;
 /// Memory of an agent for blocks on their way, unless `memory` says otherwise, bytes.
 const AGENT_MEMORY_BYTES: u64 = 64 << 20;
 /// Least memory that either may be given: a few whole frames.
@@ -65,6 +68,8 @@ pub struct TargetConfig {
     pub reserve_bytes: u64,
     /// Memory for frames on their way, bytes.
     pub memory_bytes: u64,
+    /// Most that is written to a volume of an opened recovery point, bytes.
+    pub scratch_bytes: u64,
     /// Replica volumes on devices.
     pub devices: Vec<ReplicaDevice>,
 }
@@ -151,6 +156,7 @@ impl TargetConfig {
                 listen: part.listen.or(all.listen),
                 control: part.control.or(all.control),
                 reserve: part.reserve.or(all.reserve),
+                scratch: part.scratch.or(all.scratch),
                 memory: part.memory.or(all.memory),
                 device,
             };
@@ -166,6 +172,7 @@ impl TargetConfig {
             listen: all.listen.ok_or_else(|| missing("listen"))?,
             control: all.control.ok_or_else(|| missing("control"))?,
             reserve_bytes: all.reserve.map_or(RESERVE_BYTES, |Size(bytes)| bytes),
+            scratch_bytes: all.scratch.map_or(SCRATCH_BYTES, |Size(bytes)| bytes),
             memory_bytes,
             devices: all.device,
         })
@@ -263,6 +270,7 @@ struct TargetPart {
     listen: Option<SocketAddr>,
     control: Option<String>,
     reserve: Option<Size>,
+    scratch: Option<Size>,
     memory: Option<Size>,
     device: Vec<ReplicaDevice>,
 }
@@ -288,7 +296,7 @@ impl Schema for ControlPart {
 impl Schema for TargetPart {
     const ROLE: &'static str = "target";
     const KEYS: &'static [&'static str] =
-        &["store", "listen", "control", "reserve", "memory", "device", "metrics"];
+        &["store", "listen", "control", "reserve", "memory", "scratch", "device", "metrics"];
     const TABLES: &'static [(&'static str, &'static [&'static str])] =
         &[("device", &["server", "volume", "path"]), METRICS];
 }

@@ -200,6 +200,7 @@ fn configurations_are_read_as_documented() {
         control: "dr1:7443".into(),
         reserve_bytes: 2 << 30,
         memory_bytes: 512 << 20,
+        scratch_bytes: 64 << 30,
         devices: vec![ReplicaDevice {
             server: "db1".into(),
             volume: "sda".into(),

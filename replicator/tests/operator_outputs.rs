@@ -131,6 +131,8 @@ impl Stage {
             consistency: "crash".into(),
             lacking: Vec::new(),
             reason: String::new(),
+            kept: false,
+            name: None,
         };
         let report = TargetReport {
             target_version: "0".into(),

@@ -98,6 +98,9 @@ impl Site {
             devices: Vec::new(),
             reserve_bytes: 0,
             memory_bytes: 64 << 20,
+            nbd_socket: self.folder.join("nbd.sock"),
+            scratch_bytes: 1 << 30,
+            clock: Arc::default(),
         };
         let volumes = vec![TargetVolume {
             id: VOLUME.into(),

@@ -85,6 +85,9 @@ impl Ring {
             devices: vec![],
             reserve_bytes: 0,
             memory_bytes: 64 << 20,
+            nbd_socket: dir.path().join("nbd.sock"),
+            scratch_bytes: 1 << 30,
+            clock: Arc::default(),
         };
         let (changed, changes) = mpsc::channel();
         let changed = Box::new(move || changed.send(()).unwrap_or_default());
@@ -234,6 +237,9 @@ fn one_target_a_store() {
         devices: vec![],
         reserve_bytes: 0,
         memory_bytes: 1 << 20,
+        nbd_socket: ring.dir.path().join("nbd.sock"),
+        scratch_bytes: 1 << 30,
+        clock: Arc::default(),
     };
     let error = Target::start(config, assignment(vec![]), Box::new(|| {})).err().unwrap();
     assert!(error.to_string().contains("another target"), "{error}");

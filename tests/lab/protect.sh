@@ -54,7 +54,7 @@ agent=$!
 # ---- protect, while transactions are committed one after the other
 (n=0; while sql "INSERT INTO ledger VALUES ($((n += 1)))" >/dev/null 2>>/run/ledger.errors; do echo "$n" >/run/ledger; done) &
 ledger=$!
-check "protect the logical volume" secondsite protect lab --volumes "$volume" --rpo 1h --yes
+check "protect the logical volume" secondsite protect lab --volumes "$volume" --rpo 1h --keep none --yes
 spliced() { dmsetup table vg0-pg | grep -q " linear $(cat /sys/block/ublkb0/dev) 0"; }
 check "its filter was put under it, in use" await 60 spliced
 check "a point" timeout 120 secondsite cut lab --wait --yes
@@ -64,7 +64,7 @@ check "verify under load" timeout 120 secondsite verify lab --yes
 
 # ---- an unmounted disk
 check "the filter itself is no volume" sh -c '! secondsite protect lab --volumes /dev/ublkb0 --tracker ebpf --dry-run --yes'
-check "protect a disk" secondsite protect lab --volumes "$b" --tracker ublk --rpo 1h --yes
+check "protect a disk" secondsite protect lab --volumes "$b" --tracker ublk --rpo 1h --keep none --yes
 name=/dev/secondsite/${b##*/}
 check "its stable name" await 60 test -b "$name"
 check "XFS on it" mkfs.xfs -q -f "$name"

@@ -284,7 +284,11 @@ impl Lab {
     pub fn protect_all(&self, devices: &[&Path], more: &[&str]) -> Outcome {
         let devices: Vec<_> = devices.iter().map(|path| path.to_str().expect("UTF-8")).collect();
         let devices = devices.join(",");
-        let words = ["protect", SERVER, "--volumes", &devices, "--yes"];
+        let mut words = vec!["protect", SERVER, "--volumes", &devices, "--yes"];
+        if !more.contains(&"--keep") {
+            // The newest point becomes the replica volume, where tests look at it.
+            words.extend(["--keep", "none"]);
+        }
         self.cli(Side::Site, &[&words, more].concat())
     }
 

@@ -3,10 +3,11 @@
 
 use crate::wait_until;
 use secondsite::source::{Source, SourceConfig};
+use secondsite::target::retention::RetentionClock;
 use secondsite::target::{Target, TargetConfig};
 use secondsite_control::api::{
-    AgentAssignment, Order, OrderKind, OrderResult, OrderState, TargetAssignment, TargetServer,
-    TargetVolume, TrackerChoice, VolumeAssignment, VolumePhase,
+    AgentAssignment, KeepPolicy, Order, OrderKind, OrderResult, OrderState, TargetAssignment,
+    TargetServer, TargetVolume, TrackerChoice, VolumeAssignment, VolumePhase,
 };
 use secondsite_control::ca::Authority;
 use secondsite_control::clock::{Clock, SystemClock};
@@ -15,6 +16,7 @@ use secondsite_tracker::freeze::Freezer;
 use secondsite_tracker::splice::Splicer;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,47 +50,36 @@ impl InProcess {
         tracker: TrackerChoice,
         filter_dir: &Path,
     ) -> Self {
-        let authority = Authority::create(&folder.join("ca"), &SystemClock).expect("a CA");
-        for (name, role) in
-            [("agent", Role::Agent(SERVER.into())), ("target", Role::Target("4".repeat(32)))]
-        {
-            let (key, request) = pki::new_request().expect("a key");
-            let issued = authority.sign(&request, &role, &[], SystemClock.now()).expect("signed");
-            let root = authority.certificate_pem();
-            let dir = folder.join(name);
-            pki::install(&dir, name, &key, &issued.certificate_pem, root).expect("installed");
-        }
-        let sizes: Vec<u64> = devices.iter().map(|device| size_of(device)).collect();
-        let volumes = sizes.iter().enumerate().map(|(number, bytes)| TargetVolume {
-            id: volume_id(number),
-            name: format!("disk{number}"),
-            size_bytes: *bytes,
-            block_bytes: BLOCK_BYTES,
-        });
-        let server = TargetServer {
-            id: SERVER.into(),
-            name: "db1".into(),
-            machine: MACHINE.iter().map(|byte| format!("{byte:02x}")).collect(),
-            keep: None,
-            active: true,
-            volumes: volumes.collect(),
-        };
-        let config = TargetConfig {
-            identity: Arc::new(Identity::load(&folder.join("target"), "target").expect("identity")),
-            store: folder.join("store"),
-            listen: "127.0.0.1:0".parse().expect("an address"),
-            devices: Vec::new(),
-            reserve_bytes: 0,
-            memory_bytes: MEMORY_BYTES,
-        };
-        let assignment = TargetAssignment { version: 1, servers: vec![server] };
-        let target = Target::start(config, assignment, Box::new(|| {})).expect("a target");
-        let volumes = devices.iter().zip(&sizes).enumerate();
-        let volumes = volumes.map(|(number, (device, bytes))| VolumeAssignment {
+        make_identities(folder);
+        let assignment = target_assignment(devices, None);
+        let target = start_target(folder, "127.0.0.1:0", assignment, Arc::default());
+        let address = target.listening();
+        Self::start_source_of(folder, devices, tracker, filter_dir, address, Some(target))
+    }
+
+    /// Protects these devices, with a target that somebody else runs.
+    pub fn start_towards(
+        folder: &Path,
+        devices: &[PathBuf],
+        tracker: TrackerChoice,
+        target: SocketAddr,
+    ) -> Self {
+        Self::start_source_of(folder, devices, tracker, Path::new("/nowhere"), target, None)
+    }
+
+    fn start_source_of(
+        folder: &Path,
+        devices: &[PathBuf],
+        tracker: TrackerChoice,
+        filter_dir: &Path,
+        address: SocketAddr,
+        target: Option<Target>,
+    ) -> Self {
+        let volumes = devices.iter().enumerate().map(|(number, device)| VolumeAssignment {
             id: volume_id(number),
             name: format!("disk{number}"),
             path: device.to_str().expect("UTF-8").into(),
-            size_bytes: *bytes,
+            size_bytes: size_of(device),
             tracker,
             block_bytes: BLOCK_BYTES,
             excluded: Vec::new(),
@@ -98,12 +89,12 @@ impl InProcess {
             version: 1,
             server_id: SERVER.into(),
             server_name: "db1".into(),
-            target: Some(target.listening().to_string()),
+            target: Some(address.to_string()),
             goal_seconds: 86_400,
             volumes: volumes.collect(),
         };
         let (folder, filter_dir) = (folder.to_path_buf(), filter_dir.to_path_buf());
-        let (source, target) = (None, Some(target));
+        let source = None;
         let mut site = Self { source, target, orders: 0, assignment, folder, filter_dir };
         site.start_source();
         site
@@ -148,14 +139,21 @@ impl InProcess {
 
     /// An ordered cut; whether the point is exact, or why there is none.
     pub fn cut(&mut self) -> Result<bool, String> {
+        self.cut_point().map(|(_, exact)| exact)
+    }
+
+    /// An ordered cut; the point's id, and whether it is exact, or why there is none.
+    pub fn cut_point(&mut self) -> Result<(String, bool), String> {
         self.orders += 1;
         let (number, what) = (self.orders, OrderKind::Cut);
         self.source().order(Order { number, what });
         loop {
             match self.source().report().orders.get(&number) {
-                Some(OrderState::Done { result: OrderResult::Cut { exact, .. } }) => {
+                Some(OrderState::Done { result: OrderResult::Cut { point, exact } }) => {
+                    let point = point.clone();
+                    let exact = *exact;
                     self.source().forget_orders(number);
-                    return Ok(*exact);
+                    return Ok((point, exact));
                 }
                 Some(OrderState::Failed { message, .. }) => return Err(message.clone()),
                 _ => std::thread::sleep(Duration::from_millis(2)),
@@ -200,6 +198,60 @@ impl Drop for InProcess {
             target.stop();
         }
     }
+}
+
+/// Certificates of both sides, in their folders.
+pub fn make_identities(folder: &Path) {
+    let authority = Authority::create(&folder.join("ca"), &SystemClock).expect("a CA");
+    for (name, role) in
+        [("agent", Role::Agent(SERVER.into())), ("target", Role::Target("4".repeat(32)))]
+    {
+        let (key, request) = pki::new_request().expect("a key");
+        let issued = authority.sign(&request, &role, &[], SystemClock.now()).expect("signed");
+        let root = authority.certificate_pem();
+        let dir = folder.join(name);
+        pki::install(&dir, name, &key, &issued.certificate_pem, root).expect("installed");
+    }
+}
+
+/// What a target is told of these devices.
+pub fn target_assignment(devices: &[PathBuf], keep: Option<KeepPolicy>) -> TargetAssignment {
+    let volumes = devices.iter().enumerate().map(|(number, device)| TargetVolume {
+        id: volume_id(number),
+        name: format!("disk{number}"),
+        size_bytes: size_of(device),
+        block_bytes: BLOCK_BYTES,
+    });
+    let server = TargetServer {
+        id: SERVER.into(),
+        name: "db1".into(),
+        machine: MACHINE.iter().map(|byte| format!("{byte:02x}")).collect(),
+        keep,
+        active: true,
+        volumes: volumes.collect(),
+    };
+    TargetAssignment { version: 1, servers: vec![server] }
+}
+
+/// A target in this process, in the folder `store`.
+pub fn start_target(
+    folder: &Path,
+    listen: &str,
+    assignment: TargetAssignment,
+    clock: Arc<RetentionClock>,
+) -> Target {
+    let config = TargetConfig {
+        identity: Arc::new(Identity::load(&folder.join("target"), "target").expect("identity")),
+        store: folder.join("store"),
+        listen: listen.parse().expect("an address"),
+        devices: Vec::new(),
+        reserve_bytes: 0,
+        memory_bytes: MEMORY_BYTES,
+        nbd_socket: folder.join("nbd.sock"),
+        scratch_bytes: 1 << 30,
+        clock,
+    };
+    Target::start(config, assignment, Box::new(|| {})).expect("a target")
 }
 
 fn size_of(device: &Path) -> u64 {

@@ -76,6 +76,8 @@ pub(super) async fn points(
             consistency: point.consistency.clone(),
             lacking: point.lacking.iter().map(|id| name_of(id)).collect(),
             reason: point.reason.clone(),
+            kept: point.kept,
+            name: point.name.clone(),
         })
         .collect();
     Ok(Json(Points { schema_version: SCHEMA_VERSION, points }))

@@ -218,6 +218,8 @@ pub fn target_report(server: &str, volume: &str, points: &[(&str, Timestamp)]) -
         consistency: "crash".to_owned(),
         lacking: Vec::new(),
         reason: String::new(),
+        kept: false,
+        name: None,
     };
     TargetReport {
         target_version: "0.1.0".to_owned(),

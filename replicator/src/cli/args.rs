@@ -64,6 +64,14 @@ pub enum Command {
     Status(StatusArgs),
     /// Recovery points of a server, oldest first
     Points(ServerArgs),
+    /// Serve a recovery point over NBD, on the target's host; what is written goes to a scratch area
+    Open(OpenArgs),
+    /// Serve recovery points no longer; what was written to them is gone
+    Close(CloseArgs),
+    /// Keep a recovery point beyond its time, and name it
+    Keep(KeepArgs),
+    /// Write a volume of a recovery point into an image file
+    Export(ExportArgs),
     /// Make a recovery point now
     Cut(CutArgs),
     /// Compare a server with its newest recovery point
@@ -352,6 +360,108 @@ pub struct ServerArgs {
     /// Name of the server
     #[arg(value_parser = server_name)]
     pub server: String,
+}
+
+/// Which recovery point.
+#[derive(Debug, Args)]
+pub struct PointArgs {
+    /// The newest exact point of this time or before: 2026-11-21T10:30:00Z, '10 min ago', 10:30
+    /// [default: the newest exact one]
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<String>,
+    /// A point, by id or name
+    #[arg(long, value_name = "ID|NAME", conflicts_with = "at")]
+    pub point: Option<String>,
+}
+
+/// `open`.
+#[derive(Debug, Args)]
+pub struct OpenArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name, required_unless_present = "list")]
+    pub server: Option<String>,
+    /// Which point.
+    #[command(flatten)]
+    pub point: PointArgs,
+    /// Only this volume
+    #[arg(long, value_name = "NAME")]
+    pub volume: Option<String>,
+    /// Show what is open
+    #[arg(long, conflicts_with_all = ["at", "point", "volume"])]
+    pub list: bool,
+}
+
+/// `close`.
+#[derive(Debug, Args)]
+pub struct CloseArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// Only this point, by id or name [default: all of the server]
+    #[arg(long, value_name = "ID|NAME")]
+    pub point: Option<String>,
+}
+
+/// `keep`.
+#[derive(Debug, Args)]
+pub struct KeepArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// The point, by id or name
+    #[arg(long, value_name = "ID|NAME")]
+    pub point: String,
+    /// What to call it: letters, digits and -_.
+    #[arg(long, value_name = "NAME", conflicts_with = "release")]
+    pub name: Option<String>,
+    /// Keep it no longer than its time
+    #[arg(long)]
+    pub release: bool,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Name of the server
+    #[arg(value_parser = server_name)]
+    pub server: String,
+    /// Which point.
+    #[command(flatten)]
+    pub point: PointArgs,
+    /// Which volume [default: the only one]
+    #[arg(long, value_name = "NAME")]
+    pub volume: Option<String>,
+    /// Format of the image
+    #[arg(long, value_enum, default_value = "qcow2")]
+    pub format: ImageFormat,
+    /// The image file; it appears when it is whole
+    #[arg(long, short, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// Formats of image files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// The bytes as they are, sparse
+    Raw,
+    /// QEMU
+    Qcow2,
+    /// VMware
+    Vmdk,
+    /// Hyper-V
+    Vhdx,
+}
+
+impl ImageFormat {
+    /// As qemu-img calls it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vmdk => "vmdk",
+            Self::Vhdx => "vhdx",
+        }
+    }
 }
 
 /// `cut`.

@@ -1,8 +1,8 @@
 //! The command line: what scripts and people rely on.
 //!
 //! Each command is a function of its own module that prints its result and returns; everything that
-//! goes wrong is a [`failure::Failure`], which only [`main`] prints. Commands use nothing but
-//! control's public API.
+//! goes wrong is a [`failure::Failure`], which only [`main`] prints. Commands use nothing but the
+//! public API of control, or the same of the target of this host.
 
 pub mod args;
 mod check;
@@ -17,6 +17,7 @@ mod orders;
 pub mod output;
 mod points;
 mod protect;
+mod recovery;
 mod services;
 mod setup;
 mod status;
@@ -87,6 +88,10 @@ fn run(context: &Context, command: Command) -> Result<(), Failure> {
         Command::Unprotect(args) => protect::unprotect(context, &args),
         Command::Status(args) => status::run(context, &args),
         Command::Points(args) => points::run(context, &args.server),
+        Command::Open(args) => recovery::open(context, &args),
+        Command::Close(args) => recovery::close(context, &args),
+        Command::Keep(args) => recovery::keep(context, &args),
+        Command::Export(args) => recovery::export(context, &args),
         Command::Cut(args) => orders::cut(context, &args),
         Command::Verify(args) => orders::verify(context, &args.server),
         Command::Generate(args) => generate::run(&args),

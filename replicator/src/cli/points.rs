@@ -26,7 +26,15 @@ fn render(points: &[Point]) -> String {
     let rows = points.iter().map(|point| {
         let epochs: Vec<String> =
             point.epochs.iter().map(|(volume, epoch)| format!("{volume} {epoch}")).collect();
-        let mut note = point.reason.clone();
+        let mut note = match (&point.name, point.kept) {
+            (Some(name), _) => format!("kept as {name}"),
+            (None, true) => "kept".into(),
+            (None, false) => String::new(),
+        };
+        if !point.reason.is_empty() {
+            note += if note.is_empty() { "" } else { "; " };
+            note += &point.reason;
+        }
         if !point.lacking.is_empty() {
             note += if note.is_empty() { "" } else { "; " };
             note += &format!("without {}", point.lacking.join(", "));
@@ -57,6 +65,8 @@ mod tests {
             consistency: "fuzzy".into(),
             lacking: vec!["sdb".into()],
             reason: "block 3 of sda could not be read".into(),
+            kept: false,
+            name: None,
         };
         let text = render(&[point]);
         let last = text.lines().last().unwrap();

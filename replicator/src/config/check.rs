@@ -133,7 +133,16 @@ impl Values for TargetConfig {
         Self::load(paths)
     }
     fn values(&self, _paths: &Paths) -> Vec<String> {
-        let Self { store, listen, control, reserve_bytes, memory_bytes, devices, metrics } = self;
+        let Self {
+            store,
+            listen,
+            control,
+            reserve_bytes,
+            memory_bytes,
+            scratch_bytes,
+            devices,
+            metrics,
+        } = self;
         let devices = devices.iter().map(|device| {
             format!("{}/{} on {}", device.server, device.volume, device.path.display())
         });
@@ -143,6 +152,7 @@ impl Values for TargetConfig {
             control.clone(),
             bytes(*reserve_bytes),
             bytes(*memory_bytes),
+            bytes(*scratch_bytes),
             devices.collect::<Vec<_>>().join(", "),
             address(*metrics),
         ]

@@ -53,6 +53,16 @@ impl Paths {
         self.config.join(format!("{role}.toml"))
     }
 
+    /// Where opened recovery points are served over NBD.
+    pub fn nbd(&self) -> PathBuf {
+        self.run.join("nbd.sock")
+    }
+
+    /// Where a daemon answers the commands of this host.
+    pub fn api(&self, role: &str) -> PathBuf {
+        self.run.join(format!("{role}.sock"))
+    }
+
     /// Where a daemon serves its metrics.
     pub fn metrics(&self, role: &str, tcp: Option<SocketAddr>) -> Sockets {
         Sockets { unix: self.run.join(format!("{role}.metrics")), tcp }

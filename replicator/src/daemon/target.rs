@@ -12,6 +12,7 @@ use crate::metrics;
 use crate::target;
 use secondsite_control::api::TargetAssignment;
 use secondsite_control::pki::{Identity, Role};
+use secondsite_control::recovery;
 use std::sync::Arc;
 
 /// Runs until SIGTERM or SIGINT.
@@ -34,7 +35,7 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     let store = config.store.clone();
     let sockets = paths.metrics(TargetSide::ROLE, config.metrics);
     let target = target::Target::start(
-        data_plane(config, identity),
+        data_plane(config, identity, paths),
         assignment,
         Box::new(move || changed.changed()),
     )
@@ -43,6 +44,10 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
             .still("what is in the store stays as it is")
             .hint(format!("df -h {}", store.display()))
     })?;
+    let api = paths.api(TargetSide::ROLE);
+    if let Err(error) = recovery::serve(&api, target.recovery()) {
+        tracing::error!("no answers on {}: {error}", api.display());
+    }
     let side = Arc::new(TargetSide::new(target, state, version));
     let link = Link::start(Arc::clone(&side), Arc::clone(&shared)).map_err(|error| {
         Failure::new(Exit::Failed, format!("start of the link to control: {error}"))
@@ -69,7 +74,11 @@ pub fn run(paths: &Paths, format: LogFormat) -> Result<(), Failure> {
     Ok(())
 }
 
-fn data_plane(config: TargetConfig, identity: Arc<Identity>) -> target::TargetConfig {
+fn data_plane(
+    config: TargetConfig,
+    identity: Arc<Identity>,
+    paths: &Paths,
+) -> target::TargetConfig {
     let device = |device: crate::config::ReplicaDevice| target::ReplicaDevice {
         server: device.server,
         volume: device.volume,
@@ -82,6 +91,9 @@ fn data_plane(config: TargetConfig, identity: Arc<Identity>) -> target::TargetCo
         devices: config.devices.into_iter().map(device).collect(),
         reserve_bytes: config.reserve_bytes,
         memory_bytes: config.memory_bytes,
+        nbd_socket: paths.nbd(),
+        scratch_bytes: config.scratch_bytes,
+        clock: Arc::default(),
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod memory;
 
 use crate::pulse;
+use nix::unistd::{Whence, lseek};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -100,6 +101,10 @@ pub trait DiskFile: Send + Sync {
     fn bytes(&self) -> io::Result<u64>;
     /// The first offset, from `offset` on, that may hold anything but zero; the size if none does.
     fn next_data(&self, offset: u64) -> io::Result<u64>;
+    /// The first offset, from `offset` on, from where a hole may follow; the size if none does.
+    fn next_hole(&self, _offset: u64) -> io::Result<u64> {
+        self.bytes()
+    }
 }
 
 /// A [`Disk`] in a folder of a file system.
@@ -193,6 +198,17 @@ struct PlainFile {
     file: File,
 }
 
+impl PlainFile {
+    fn seek(&self, offset: u64, what: Whence) -> io::Result<u64> {
+        // The file position is used by nobody else: all other verbs name their offset.
+        match pulse::outside(|| lseek(&self.file, offset as i64, what)) {
+            Ok(found) => Ok(found as u64),
+            Err(nix::errno::Errno::ENXIO) => self.bytes(),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
 impl DiskFile for PlainFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         pulse::outside(|| self.file.read_exact_at(buffer, offset))
@@ -232,13 +248,11 @@ impl DiskFile for PlainFile {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<u64> {
-        use nix::unistd::{Whence, lseek};
-        // The file position is used by nobody else: all other verbs name their offset.
-        match pulse::outside(|| lseek(&self.file, offset as i64, Whence::SeekData)) {
-            Ok(found) => Ok(found as u64),
-            Err(nix::errno::Errno::ENXIO) => self.bytes(),
-            Err(error) => Err(error.into()),
-        }
+        self.seek(offset, Whence::SeekData)
+    }
+
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        self.seek(offset, Whence::SeekHole)
     }
 }
 

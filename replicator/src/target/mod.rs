@@ -16,6 +16,9 @@ pub mod keeper;
 pub mod layers;
 pub mod merge;
 mod observation;
+pub mod opens;
+pub mod pins;
+pub mod point;
 pub mod points;
 pub mod promote;
 pub mod recover;
@@ -37,14 +40,17 @@ pub use observation::{Observation, VolumeObservation};
 
 use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
+use opens::OpenPoints;
+use retention::RetentionClock;
 use secondsite_control::api::{TargetAssignment, TargetReport};
 use secondsite_control::pki::{self, Identity};
+use secondsite_control::recovery::Recovery;
 use server::Server;
 use site::{Site, SiteConfig};
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use store::Folders;
 
 /// A replica volume that is a block device of this host (`[[device]]` in target.toml).
@@ -72,6 +78,12 @@ pub struct TargetConfig {
     pub reserve_bytes: u64,
     /// Memory for frames on their way over all sessions, bytes.
     pub memory_bytes: u64,
+    /// Where opened points are served over NBD.
+    pub nbd_socket: PathBuf,
+    /// Most that is written to a volume of an opened point, bytes.
+    pub scratch_bytes: u64,
+    /// Tells how old points are.
+    pub clock: Arc<RetentionClock>,
 }
 
 /// Threads that open volumes and promote; each takes its share of disk and memory.
@@ -83,6 +95,7 @@ const LOCK_FILE: &str = "target.lock";
 pub struct Target {
     server: Arc<Server>,
     site: Arc<Site>,
+    opens: Arc<OpenPoints>,
     listening: SocketAddr,
     _lock: Flock<File>,
 }
@@ -106,22 +119,35 @@ impl Target {
             .with_context(|| format!("listening on {}", config.listen))?;
         listener.set_nonblocking(true)?;
         let listening = listener.local_addr()?;
+        let folder = store.clone();
         let site = SiteConfig {
-            store: Box::new(Folders(store)),
+            store: Box::new(Folders(store.clone())),
             devices: config.devices,
             reserve_bytes: config.reserve_bytes,
             memory_bytes: config.memory_bytes,
             verify: pki::verify_signature,
-            clock: Arc::default(),
+            clock: config.clock,
         };
-        let site = Arc::new(Site::new(site, assignment, changed));
+        let resume: Arc<OnceLock<Weak<OpenPoints>>> = Arc::default();
+        let opens = resume.clone();
+        let changed = move || {
+            if let Some(opens) = opens.get().and_then(Weak::upgrade) {
+                opens.resume();
+            }
+            changed();
+        };
+        let site = Arc::new(Site::new(site, assignment, Box::new(changed)));
+        // Before a worker runs: what was open is held from here on.
+        let (socket, scratch) = (config.nbd_socket, config.scratch_bytes);
+        let opens = Arc::new(OpenPoints::start(site.clone(), &folder, socket, scratch)?);
+        let _ = resume.set(Arc::downgrade(&opens));
         let server = Server::new(site.clone(), tls);
         for _ in 0..WORKERS {
             let site = site.clone();
             server.spawn("promote", None, move |_| site.work())?;
         }
         server.spawn("listen", None, move |server| server.listen(&listener))?;
-        Ok(Self { server, site, listening, _lock: lock })
+        Ok(Self { server, site, opens, listening, _lock: lock })
     }
 
     /// Where it listens; tells the port if the configuration left it open.
@@ -155,6 +181,11 @@ impl Target {
             Ok(tls) => self.server.set_tls(tls),
             Err(error) => tracing::error!("the renewed certificate cannot be used: {error:#}"),
         }
+    }
+
+    /// Its recovery points.
+    pub fn recovery(&self) -> Arc<dyn Recovery> {
+        self.opens.clone()
     }
 
     /// Ends all sessions and threads.

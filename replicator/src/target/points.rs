@@ -118,11 +118,15 @@ impl CompletePoint {
         }
     }
 
+    /// The word for what was proven of it.
+    pub fn consistency_word(&self) -> &'static str {
+        consistency_word(if self.is_exact() { self.consistency } else { Consistency::Fuzzy })
+    }
+
     /// As it is reported.
     pub fn report(&self, server: ServerId) -> PointReport {
         let lacking: BTreeSet<&VolumeId> =
             self.members.values().flat_map(|facts| &facts.lacking).collect();
-        let consistency = if self.is_exact() { self.consistency } else { Consistency::Fuzzy };
         let epoch =
             |(volume, facts): (&VolumeId, &Arc<EpochFacts>)| (volume.to_string(), facts.epoch.0);
         PointReport {
@@ -131,9 +135,11 @@ impl CompletePoint {
             time_ns: self.time_ns,
             generation: self.generation.0,
             epochs: self.members.iter().map(epoch).collect(),
-            consistency: consistency_word(consistency).into(),
+            consistency: self.consistency_word().into(),
             lacking: lacking.into_iter().map(VolumeId::to_string).collect(),
             reason: self.reason(),
+            kept: false,
+            name: None,
         }
     }
 }

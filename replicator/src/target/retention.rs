@@ -17,18 +17,25 @@ pub struct RetentionClock {
     /// Seconds counted before `since`.
     before_s: AtomicU64,
     since: Option<Instant>,
+    /// Seconds that are counted for each.
+    rate: u64,
 }
 
 impl Default for RetentionClock {
     fn default() -> Self {
-        Self { before_s: AtomicU64::new(0), since: Some(Instant::now()) }
+        Self::faster(1)
     }
 }
 
 impl RetentionClock {
     /// One that stands still unless it is moved, for simulation.
     pub fn standing() -> Self {
-        Self { before_s: AtomicU64::new(0), since: None }
+        Self { before_s: AtomicU64::new(0), since: None, rate: 1 }
+    }
+
+    /// One that counts so many seconds for each, for tests.
+    pub fn faster(rate: u64) -> Self {
+        Self { before_s: AtomicU64::new(0), since: Some(Instant::now()), rate }
     }
 
     /// Goes on from what a run before this one had counted.
@@ -44,7 +51,9 @@ impl RetentionClock {
 
     /// Seconds counted so far.
     pub fn now_s(&self) -> u64 {
-        let running = self.since.map_or(0, |since| since.elapsed().as_secs());
+        let running = self.since.map_or(0, |since| {
+            (since.elapsed().as_millis() as u64).saturating_mul(self.rate) / 1000
+        });
         self.before_s.load(Ordering::Relaxed) + running
     }
 }

@@ -7,6 +7,7 @@
 
 use super::ReplicaDevice;
 use super::budget::{Budget, Grant};
+use super::disk::Disk;
 use super::entry::{Entry, Opened};
 use super::jobs::{Job, Jobs};
 use super::keeper::{Keeper, OpenError, VolumeSpec};
@@ -85,7 +86,9 @@ impl Site {
             stopping: AtomicBool::new(false),
             changed,
         };
-        for (server, volume) in site.config.store.volumes() {
+        let stored = site.config.store.volumes();
+        site.load_pins(&stored.iter().map(|(server, _)| *server).collect());
+        for (server, volume) in stored {
             let entry = Arc::new(Entry::new(&site.config.store.path(server, volume)));
             site.entries().insert((server, volume), entry);
             site.jobs.add(Job::Open(server, volume));
@@ -280,6 +283,7 @@ impl Site {
         match opened {
             Ok(keeper) => {
                 entry.set_opened(Opened::Open(Arc::new(keeper)));
+                self.know_server(server);
                 self.jobs.add(Job::Tend(server));
             }
             Err(error) => {
@@ -300,6 +304,11 @@ impl Site {
         self.again().push(Job::Tend(server));
     }
 
+    /// The folder of a server.
+    pub(super) fn server_disk(&self, server: ServerId) -> std::io::Result<Arc<dyn Disk>> {
+        self.config.store.of_server(server)
+    }
+
     /// A volume.
     pub(super) fn entry(&self, server: ServerId, volume: VolumeId) -> Option<Arc<Entry>> {
         self.entries().get(&(server, volume)).cloned()
@@ -315,10 +324,7 @@ impl Site {
         let all = self.all();
         let mut servers: Vec<ServerId> = all.iter().map(|((server, _), _)| *server).collect();
         servers.dedup();
-        let points = servers.into_iter().flat_map(|server| {
-            let points = self.points(server);
-            points.into_iter().map(move |point| point.report(server))
-        });
+        let points = servers.into_iter().flat_map(|server| self.point_reports(server));
         TargetReport {
             target_version: env!("CARGO_PKG_VERSION").into(),
             volumes: all.iter().map(|((_, volume), entry)| entry.report(*volume)).collect(),
@@ -349,6 +355,12 @@ impl Site {
 
     pub(super) fn stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Space of the store that nothing is promised, bytes.
+    pub(super) fn spare_bytes(&self) -> u64 {
+        let (reserve, promised) = self.space.state();
+        self.free_bytes().unwrap_or(0).saturating_sub(reserve + promised)
     }
 
     /// Free space of the store, if it can be asked.

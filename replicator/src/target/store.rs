@@ -18,7 +18,9 @@ pub trait Store: Send + Sync {
     fn volumes(&self) -> Vec<(ServerId, VolumeId)>;
     /// The folder of a volume, made durably if it is missing.
     fn open(&self, server: ServerId, volume: VolumeId) -> io::Result<Arc<dyn Disk>>;
-    /// What to call that folder when talking to people.
+    /// The folder of a server, made durably if it is missing.
+    fn of_server(&self, server: ServerId) -> io::Result<Arc<dyn Disk>>;
+    /// What to call that folder of a volume when talking to people.
     fn path(&self, server: ServerId, volume: VolumeId) -> PathBuf;
     /// Bytes that can still be written.
     fn free_bytes(&self) -> io::Result<u64>;
@@ -52,6 +54,10 @@ impl Store for Folders {
         let folder =
             Folder::create(&self.0, &below(server, volume), &[journal::FOLDER, segments::HISTORY])?;
         Ok(Arc::new(folder))
+    }
+
+    fn of_server(&self, server: ServerId) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(Folder::create(&self.0, &format!("{SERVERS}/{server}"), &[])?))
     }
 
     fn path(&self, server: ServerId, volume: VolumeId) -> PathBuf {

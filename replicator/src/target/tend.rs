@@ -4,14 +4,16 @@
 //! Invariants: one of these jobs at a time a server; a point that somebody holds (reads, pinned) is
 //! neither passed by promotion nor thinned away: [`Site::hold`] and the choice exclude each other.
 
+use super::jobs::Job;
 use super::keeper::Keeper;
 use super::layers::Layer;
 use super::merge::{Merge, tier};
+use super::pins::{self, Pins};
 use super::points::{CompletePoint, Plan, VolumeEpochs, complete_points, plan};
 use super::promote::promote;
 use super::run::Run;
 use super::site::Site;
-use secondsite_control::api::KeepPolicy;
+use secondsite_control::api::{KeepPolicy, PointReport};
 use secondsite_format::ids::{CutId, Epoch, ServerId, VolumeId};
 use secondsite_format::message::{Refusal, RefusalCode};
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,6 +37,8 @@ pub const IDLE_S: u64 = 60;
 #[derive(Default)]
 struct State {
     held: BTreeMap<(ServerId, CutId), usize>,
+    /// Points that stay beyond their time.
+    pins: BTreeMap<ServerId, Pins>,
     /// What the job that is running keeps.
     running: BTreeMap<ServerId, BTreeSet<CutId>>,
     /// When points were chosen last, by the retention clock.
@@ -68,7 +72,9 @@ impl Holds {
 
 impl State {
     fn held(&self, server: ServerId) -> BTreeSet<CutId> {
-        self.held.keys().filter(|(of, _)| *of == server).map(|(_, cut)| *cut).collect()
+        let open = self.held.keys().filter(|(of, _)| *of == server).map(|(_, cut)| *cut);
+        let pinned = self.pins.get(&server).into_iter().flat_map(|pins| pins.keys().copied());
+        open.chain(pinned).collect()
     }
 }
 
@@ -100,6 +106,82 @@ impl Site {
         Ok(Hold { holds: self.holds.clone(), key: (server, cut) })
     }
 
+    /// Keeps a point that was kept before a restart; its volumes need not be open yet.
+    pub fn hold_again(&self, server: ServerId, cut: CutId) -> Hold {
+        *self.holds.lock().held.entry((server, cut)).or_default() += 1;
+        Hold { holds: self.holds.clone(), key: (server, cut) }
+    }
+
+    /// The point of that name, if somebody keeps it.
+    pub fn pinned(&self, server: ServerId, name: &str) -> Option<CutId> {
+        let state = self.holds.lock();
+        let its =
+            |(cut, of): (&CutId, &Option<String>)| (of.as_deref() == Some(name)).then_some(*cut);
+        state.pins.get(&server)?.iter().find_map(its)
+    }
+
+    /// Changes which points of a server stay beyond their time, durably.
+    pub fn change_pins(
+        &self,
+        server: ServerId,
+        change: impl FnOnce(&mut Pins) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let mut state = self.holds.lock();
+        let before = state.pins.get(&server).cloned().unwrap_or_default();
+        let mut pins = before;
+        change(&mut pins)?;
+        // A point that is being thinned away at this moment cannot be kept any more.
+        let running = state.running.get(&server);
+        let known = state.pins.get(&server);
+        let fresh = pins.keys().filter(|cut| known.is_none_or(|known| !known.contains_key(cut)));
+        if fresh.into_iter().any(|cut| running.is_some_and(|kept| !kept.contains(cut))) {
+            return Err("the point is just being thinned away".into());
+        }
+        let stored = self.server_disk(server).and_then(|disk| pins::store(&*disk, &pins));
+        stored.map_err(|error| format!("writing {}: {error}", pins::FILE))?;
+        state.pins.insert(server, pins);
+        Ok(())
+    }
+
+    /// What the servers of the store keep beyond its time; until it is read nothing is thinned.
+    pub(super) fn load_pins(&self, servers: &BTreeSet<ServerId>) {
+        for server in servers {
+            let loaded = self.server_disk(*server).and_then(|disk| pins::load(&*disk));
+            match loaded {
+                Ok(pins) => drop(self.holds.lock().pins.insert(*server, pins)),
+                Err(error) => {
+                    tracing::error!(%server, "{}: {error}; nothing is thinned", pins::FILE)
+                }
+            }
+        }
+    }
+
+    /// A server whose first volume is new keeps nothing yet.
+    pub(super) fn know_server(&self, server: ServerId) {
+        if !self.holds.lock().pins.contains_key(&server) {
+            self.load_pins(&[server].into());
+        }
+    }
+
+    /// A job for a server's points.
+    pub fn look_after(&self, server: ServerId) {
+        self.holds.lock().tended.remove(&server);
+        self.jobs.add(Job::Tend(server));
+    }
+
+    /// The points of a server as they are reported, oldest first.
+    pub fn point_reports(&self, server: ServerId) -> Vec<PointReport> {
+        let points = self.points(server);
+        let state = self.holds.lock();
+        let pins = state.pins.get(&server);
+        let report = |point: CompletePoint| {
+            let pin = pins.and_then(|pins| pins.get(&point.cut_id));
+            let name = pin.cloned().flatten();
+            PointReport { kept: pin.is_some(), name, ..point.report(server) }
+        };
+        points.into_iter().map(report).collect()
+    }
+
     /// The points of a server that stay, oldest first.
     pub fn points(&self, server: ServerId) -> Vec<CompletePoint> {
         let (points, plan) = self.plan(server, &self.holds.lock());
@@ -125,6 +207,9 @@ impl Site {
         let keepers = self.keepers(server);
         let plan = {
             let mut state = self.holds.lock();
+            if !state.pins.contains_key(&server) {
+                return; // what is kept beyond its time could not be read
+            }
             let now_s = self.clock.now_s();
             let tended = state.tended.get(&server);
             let due = tended.is_none_or(|at| now_s >= at + EVERY_S)

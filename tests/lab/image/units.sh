@@ -40,7 +40,7 @@ done
 
 disk=$(readlink -f /dev/disk/by-id/virtio-a)
 dd if=/dev/urandom of="$disk" bs=1M count=16 oflag=direct status=none
-check "protect" secondsite protect lab --volumes "$disk" --rpo 10s --yes
+check "protect" secondsite protect lab --volumes "$disk" --rpo 10s --keep none --yes
 check "the agent may pin" await 60 sh -c 'ls /sys/fs/bpf/secondsite/*/*/link_queue0'
 check "an exact point" timeout 90 secondsite cut lab --wait --yes
 check "verify: the replica is the disk" timeout 90 secondsite verify lab --yes
@@ -49,7 +49,7 @@ check "verify: the replica is the disk" timeout 90 secondsite verify lab --yes
 other=$(readlink -f /dev/disk/by-id/virtio-b)
 check "the filter runs" systemctl start secondsite-filter
 # Offered once the agent has looked again.
-check "protect behind it" await 60 secondsite protect lab --volumes "$other" --tracker ublk --rpo 10s --yes
+check "protect behind it" await 60 secondsite protect lab --volumes "$other" --tracker ublk --rpo 10s --keep none --yes
 name=/dev/secondsite/${other##*/}
 check "its stable name" await 60 test -b "$name"
 dd if=/dev/urandom of="$name" bs=1M count=4 oflag=direct status=none
