@@ -211,6 +211,7 @@ fn fio_verifies_what_it_wrote_with_many_requests_in_flight() {
             "--iodepth=32",
             "--verify=crc32c",
             "--do_verify=1",
+            "--verify_state_save=0",
             "--verify_fatal=1",
             "--size=24m",
             "--randrepeat=0",
