@@ -265,3 +265,20 @@ fn parts_of_one_block_from_many_threads_are_all_there() {
     let model: Vec<u8> = (0..1 << 20).map(|at| (at / 512 % 8) as u8).collect();
     same(&overlay, &model);
 }
+
+#[test]
+fn its_map_is_as_documented() {
+    let dir = tempfile::tempdir().unwrap();
+    let base: Arc<dyn Device> = Arc::new(Nothing(10 * 4096 + 1));
+    let overlay = open(dir.path(), &base);
+    overlay.write_at(4096, &[1; 4096]).unwrap();
+    overlay.zero(5 * 4096, 2 * 4096, Zeroing::default()).unwrap();
+    overlay.write_at(10 * 4096, &[1]).unwrap();
+    let found = std::fs::read(dir.path().join("scratch.map")).unwrap();
+    let mut header = b"2ndScrMp".to_vec();
+    header.extend([1, 0, 0, 0, 0, 0x10, 0, 0, 1, 0xa0, 0, 0, 0, 0, 0, 0]);
+    header.extend(OF);
+    assert_eq!(found[..56], header);
+    assert!(found[56..4096].iter().all(|byte| *byte == 0));
+    assert_eq!(found[4096..], [0b0000_0100, 0b0010_1000, 0b0001_0000]);
+}
