@@ -267,7 +267,7 @@ fn one_client_ends_nothing_but_itself() {
             same(&site.path("base"), &site.path(&format!("copy{index}")));
         }
     }
-    assert!(resident_bytes() < before + (160 << 20), "what a stuck client holds is bounded");
+    assert!(resident_bytes() < before + (112 << 20), "what a stuck client holds is bounded");
     drop(stuck);
     wait_until("they have gone", || site.server.connections("disk") == 0);
 }
@@ -426,6 +426,7 @@ fn stopping_ends_clients_and_removes_the_socket() {
     assert!(all.len() < CONNECTIONS_MAX && all.len() > CONNECTIONS_MAX - 5, "{}", all.len());
     assert!(site.server.stop());
     assert!(!site.socket().exists());
+    assert!(site.server.listen_unix(&site.socket()).is_err() && !site.socket().exists());
     assert!(other.read(0, 512).is_err());
 }
 

@@ -110,6 +110,9 @@ impl Server {
             return Err(ServerError::NameLength);
         }
         let mut state = self.shared.lock();
+        if self.shared.stopping.load(Ordering::Acquire) {
+            return Err(ServerError::Stopped);
+        }
         if state.exports.contains_key(name) {
             return Err(ServerError::Name(name.into()));
         }
@@ -118,8 +121,8 @@ impl Server {
         Ok(())
     }
 
-    /// Serves it no longer; its connections end. Returns whether it was there. The device is given
-    /// up when the last request to it has returned.
+    /// Serves it no longer; its connections end. Returns whether it was there. No thread
+    /// uses the device any more once [`Self::connections`] of the name are 0.
     pub fn remove(&self, name: &str) -> bool {
         let mut state = self.shared.lock();
         let was = state.exports.remove(name).is_some();
@@ -148,7 +151,14 @@ impl Server {
             Err(_) => {}
         }
         let listener = private_listener(path).map_err(failed)?;
-        self.shared.lock().sockets.push(path.into());
+        let mut state = self.shared.lock();
+        if self.shared.stopping.load(Ordering::Acquire) {
+            let _ = std::fs::remove_file(path);
+            return Err(ServerError::Stopped);
+        }
+        // From here on a stop removes it.
+        state.sockets.push(path.into());
+        drop(state);
         let accept = |listener: &UnixListener| listener.accept().map(|(one, _)| Socket::Unix(one));
         self.listen(listener, accept).map_err(failed)
     }
