@@ -197,6 +197,7 @@ pub fn serve_target(folder: &Path, bytes: u64) -> Result<()> {
         id: SERVER.into(),
         name: "bench".into(),
         machine: MACHINE.iter().map(|byte| format!("{byte:02x}")).collect(),
+        keep: None,
         active: true,
         volumes: vec![volume],
     };

@@ -227,8 +227,20 @@ pub struct TargetServer {
     pub machine: String,
     /// False after `unprotect` or revocation: no session, replica and points stay.
     pub active: bool,
+    /// Which recovery points to keep; none: as few as there can be.
+    #[serde(default)]
+    pub keep: Option<KeepPolicy>,
     /// Its volumes.
     pub volumes: Vec<TargetVolume>,
+}
+
+/// Which recovery points are kept: all for an hour, then one per 5 minutes, then one per hour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepPolicy {
+    /// One per 5 minutes (all in the first hour) for so long.
+    pub fine_seconds: u64,
+    /// One per hour for so long.
+    pub coarse_seconds: u64,
 }
 
 /// One volume, as the target sees it.
@@ -409,7 +421,7 @@ pub struct ProtectRequest {
     pub volumes: Vec<String>,
     /// The goal, seconds.
     pub goal_seconds: u64,
-    /// `none`: what retention exists so far.
+    /// How long recovery points are kept: `none`, or as in `24h,15d` ([`crate::keep`]).
     pub keep: String,
     /// How to follow.
     pub tracker: TrackerChoice,

@@ -13,6 +13,7 @@ pub mod codes;
 mod deployment;
 mod files;
 mod ids;
+pub mod keep;
 pub mod observed;
 pub mod pki;
 mod plan;

@@ -4,6 +4,7 @@
 //! the other. A request is planned whole or refused whole.
 
 use crate::api::{InventoryDevice, PlannedVolume, ProtectRequest, TrackerChoice};
+use crate::keep;
 use crate::problem::{Refused, Result, exit};
 use std::collections::HashMap;
 
@@ -67,9 +68,8 @@ pub(crate) fn plan(
 }
 
 fn check(request: &ProtectRequest) -> Result<()> {
-    if request.keep != "none" {
-        let message = format!("keep {:?}: only \"none\" exists so far", request.keep);
-        return Err(Refused::usage(message).hint("--keep none"));
+    if let Err(error) = keep::parse(&request.keep) {
+        return Err(Refused::usage(format!("keep {error}")).hint("--keep 24h,15d"));
     }
     if request.volumes.is_empty() || request.volumes.len() > VOLUMES_MAX {
         return Err(Refused::usage("no volume is named").hint("--volumes all"));

@@ -115,7 +115,7 @@ fn block_sizes_and_retention_are_checked() {
         let request = ProtectRequest { block_bytes: Some(block_bytes), ..request(&["sda"]) };
         assert_eq!(exit_code(&request), exit::USAGE, "{block_bytes}");
     }
-    let kept = ProtectRequest { keep: "24h,7d".to_owned(), ..request(&["sda"]) };
+    let kept = ProtectRequest { keep: "7d,24h".to_owned(), ..request(&["sda"]) };
     assert_eq!(exit_code(&kept), exit::USAGE);
     let mut inventory = machine();
     let block = |inventory: &[InventoryDevice]| {

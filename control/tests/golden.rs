@@ -82,6 +82,7 @@ fn target_assignment() -> TargetAssignment {
         id: id("a"),
         name: "db1".into(),
         machine: "5a".repeat(32),
+        keep: None,
         active: true,
         volumes: vec![volume],
     };

@@ -109,6 +109,7 @@ impl Site {
             id: SERVER.into(),
             name: "db1".into(),
             machine: MACHINE.iter().map(|byte| format!("{byte:02x}")).collect(),
+            keep: None,
             active: true,
             volumes,
         };

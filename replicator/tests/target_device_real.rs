@@ -36,9 +36,9 @@ impl Drop for Loop {
 
 fn open(store: &Path, device: &Path) -> Result<Keeper, OpenError> {
     std::fs::create_dir_all(store).unwrap();
-    let folder = Folder::create(store, "servers/a/b", &["journal"]).unwrap();
+    let folder = Folder::create(store, "servers/a/b", &["journal", "history"]).unwrap();
     let spec = VolumeSpec { device: Some(device.to_owned()), ..spec() };
-    Keeper::open(Arc::new(folder), Some(&spec), Arc::new(Space::new(0)), verify)
+    Keeper::open(Arc::new(folder), Some(&spec), Arc::new(Space::new(0)), Arc::default(), verify)
 }
 
 #[test]

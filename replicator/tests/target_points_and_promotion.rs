@@ -2,11 +2,12 @@
 //! compare-only, or whose members disagree must neither be promoted nor listed as what they are
 //! not, and no volume may be promoted beyond the newest complete point.
 
-use secondsite::target::points::{VolumeEpochs, complete_points, promotions};
+use secondsite::target::points::{VolumeEpochs, complete_points, plan};
 use secondsite::target::state::EpochFacts;
 use secondsite_control::api::PointReport;
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 const A: VolumeId = VolumeId([1; 16]);
@@ -26,6 +27,8 @@ fn exact(epoch: u64, cut: u8) -> EpochFacts {
         lacking: vec![],
         unreadable: vec![],
         chain: [0; 32],
+        stamp_s: 0,
+        dropped: false,
     }
 }
 
@@ -44,7 +47,7 @@ fn listed(volumes: &[VolumeEpochs]) -> Vec<PointReport> {
 }
 
 fn promoted(volumes: &[VolumeEpochs]) -> (u64, u64) {
-    let wanted = promotions(&complete_points(volumes));
+    let wanted = plan(&complete_points(volumes), volumes, None, &BTreeSet::new(), 0).floor;
     let epoch = |volume| wanted.get(&volume).map_or(0, |epoch: &Epoch| epoch.0);
     (epoch(A), epoch(B))
 }

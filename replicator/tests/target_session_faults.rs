@@ -38,6 +38,7 @@ fn assignment(version: u64, active: bool) -> TargetAssignment {
         id: SERVER.to_string(),
         name: "db1".into(),
         machine: "5a".repeat(32),
+        keep: None,
         active,
         volumes: vec![volume],
     };
@@ -51,6 +52,7 @@ fn site(store: &Path) -> Arc<Site> {
         reserve_bytes: 0,
         memory_bytes: 4 << 20,
         verify,
+        clock: Arc::default(),
     };
     let site = Arc::new(Site::new(config, assignment(1, true), Box::new(|| {})));
     site.work_now();

@@ -59,6 +59,7 @@ fn assignment(volumes: Vec<TargetVolume>) -> TargetAssignment {
         id: SERVER.to_string(),
         name: "db1".into(),
         machine: "5a".repeat(32),
+        keep: None,
         active: true,
         volumes,
     };

@@ -69,6 +69,7 @@ impl InProcess {
             id: SERVER.into(),
             name: "db1".into(),
             machine: MACHINE.iter().map(|byte| format!("{byte:02x}")).collect(),
+            keep: None,
             active: true,
             volumes: volumes.collect(),
         };

@@ -45,6 +45,7 @@ pub(super) async fn protect(
     let volumes: Vec<_> = plan.chosen.into_iter().map(|chosen| chosen.planned).collect();
     if !request.dry_run {
         servers::set_goal(&mut tx, &server.id, request.goal_seconds).await?;
+        servers::set_keep(&mut tx, &server.id, &request.keep).await?;
         servers::changed(&mut tx, &server.id).await?;
         let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
         let what = format!("protected {name}: {}", names.join(", "));

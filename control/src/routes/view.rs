@@ -7,6 +7,7 @@ use crate::api::{
 use crate::certificate::Role;
 use crate::codes::Reason;
 use crate::deployment::{Deployment, Reports};
+use crate::keep;
 use crate::observed::{ServerRow, Snapshot};
 use crate::problem::{Refused, Result};
 use crate::status::{self, AWAY_SECONDS, Known, KnownVolume, duration, seconds_since};
@@ -78,7 +79,10 @@ pub(super) async fn target_assignment(
             block_bytes: volume.block_bytes(),
         });
         let volumes = volumes.collect();
-        TargetServer { id: server.id, name: server.name, machine: server.machine, active, volumes }
+        // What was stored was checked; what a newer control stored is not known here.
+        let keep = keep::parse(&server.keep).unwrap_or_default();
+        let Server { id, name, machine, .. } = server;
+        TargetServer { id, name, machine, active, keep, volumes }
     };
     let servers = servers::all(db).await?.into_iter().map(of_server).collect();
     Ok(TargetAssignment { version: target.assignment_version.cast_unsigned(), servers })

@@ -14,6 +14,7 @@ pub(crate) struct Server {
     pub(crate) machine: String,
     pub(crate) revoked: bool,
     pub(crate) goal_s: i64,
+    pub(crate) keep: String,
     pub(crate) assignment_version: i64,
     pub(crate) certificate_ends_s: i64,
     inventory: String,
@@ -171,6 +172,12 @@ pub(crate) async fn set_goal(db: &mut SqliteConnection, id: &str, goal_s: u64) -
         .bind(i64::try_from(goal_s).unwrap_or(i64::MAX))
         .execute(db)
         .await?;
+    Ok(())
+}
+
+pub(crate) async fn set_keep(db: &mut SqliteConnection, id: &str, keep: &str) -> Result<()> {
+    let query = sqlx::query("UPDATE servers SET keep = $2 WHERE id = $1");
+    query.bind(id).bind(keep).execute(db).await?;
     Ok(())
 }
 

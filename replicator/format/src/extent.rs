@@ -70,6 +70,11 @@ impl Content {
         &self.payload
     }
 
+    /// What it takes in memory, about, bytes.
+    pub fn memory_bytes(&self) -> usize {
+        self.payload.len() + self.extents.len() * size_of::<Extent>()
+    }
+
     /// Each extent with its bytes (empty for zero and discard).
     pub fn parts(&self) -> impl Iterator<Item = (Extent, &[u8])> {
         let mut rest = self.payload.as_slice();

@@ -5,6 +5,7 @@ use crate::config::DEFAULT_CONFIG_DIR;
 use crate::daemon::log::LogFormat;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use secondsite_control::api::TrackerChoice;
+use secondsite_control::keep::DEFAULT;
 use secondsite_format::limits::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -200,9 +201,10 @@ pub struct ProtectArgs {
     /// The goal: how much may be lost, as time
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = goal)]
     pub rpo: u64,
-    /// How long recovery points are kept
-    #[arg(long, value_enum, default_value = "none")]
-    pub keep: Keep,
+    /// How long recovery points are kept: all for an hour, then one per 5 minutes up to the first
+    /// time, then one per hour up to the second; or none, for the newest alone
+    #[arg(long, value_name = "TIME[,TIME]|none", default_value = DEFAULT, value_parser = keep)]
+    pub keep: String,
     /// How writes are followed
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: Tracker,
@@ -218,13 +220,6 @@ pub struct ProtectArgs {
     /// Show the plan, change nothing
     #[arg(long)]
     pub dry_run: bool,
-}
-
-/// How long recovery points are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Keep {
-    /// The newest exact point is promoted as soon as it is committed.
-    None,
 }
 
 /// How writes are followed.
@@ -390,6 +385,11 @@ fn token_life(text: &str) -> Result<u64, String> {
         seconds @ 1..=TOKEN_SECONDS_MAX => Ok(seconds),
         _ => Err("a token is good for 1s to 1h".into()),
     }
+}
+
+fn keep(text: &str) -> Result<String, String> {
+    secondsite_control::keep::parse(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
 }
 
 fn goal(text: &str) -> Result<u64, String> {

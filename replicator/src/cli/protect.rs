@@ -2,7 +2,7 @@
 //!
 //! Both return when control has recorded the order; the agent may be away. Only `--wait` waits.
 
-use super::args::{Keep, ProtectArgs, UnprotectArgs};
+use super::args::{ProtectArgs, UnprotectArgs};
 use super::failure::{Exit, Failure};
 use super::operator::Operator;
 use super::output::Progress;
@@ -25,9 +25,7 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
     let request = ProtectRequest {
         volumes: args.volumes.clone(),
         goal_seconds: args.rpo,
-        keep: match args.keep {
-            Keep::None => "none".into(),
-        },
+        keep: args.keep.clone(),
         tracker: args.tracker.into(),
         // Nothing is preserved beyond memory yet.
         reserve: None,

@@ -1,4 +1,4 @@
-//! What the target's workers have to do: open volumes, promote servers.
+//! What the target's workers have to do: open volumes, look after servers' points.
 //!
 //! A job waits at most once and never runs twice at the same time; one added while it runs, runs
 //! again afterwards. So the queue is bounded by the number of servers and volumes.
@@ -13,8 +13,8 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 pub enum Job {
     /// Open a volume: check its journal, open its replica.
     Open(ServerId, VolumeId),
-    /// Promote the volumes of a server as far as its points allow.
-    Promote(ServerId),
+    /// Promote, gather and thin the volumes of a server as its points allow.
+    Tend(ServerId),
 }
 
 #[derive(Default)]

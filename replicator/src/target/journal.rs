@@ -8,11 +8,11 @@
 //!
 //! Only [`super::keeper`] calls this. Layout in docs/formats.md.
 
-use super::disk::{Disk, DiskFile};
+pub use super::segments::Segment;
+use super::segments::Segments;
 use secondsite_format::frame::{Frame, HEADER_BYTES, RawHeader};
 use secondsite_format::ids::VolumeId;
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_128;
@@ -38,59 +38,6 @@ pub struct Place {
 impl Place {
     /// Where the first frame of a new journal goes.
     pub const START: Self = Self { segment: 1, offset: SEGMENT_HEADER_BYTES };
-}
-
-/// An open segment.
-pub struct Segment {
-    /// Its number, from 1.
-    pub number: u64,
-    file: Arc<dyn DiskFile>,
-}
-
-impl fmt::Debug for Segment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Segment({})", self.number)
-    }
-}
-
-impl Segment {
-    /// Its name below the volume's folder.
-    pub fn name(number: u64) -> String {
-        format!("{FOLDER}/{number:08}.seg")
-    }
-
-    /// The number in a file's name.
-    pub fn number(file_name: &str) -> Option<u64> {
-        let digits = file_name.strip_suffix(".seg")?;
-        if digits.len() < 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-            return None;
-        }
-        digits.parse().ok()
-    }
-
-    /// Opens one that exists; its header is not looked at.
-    pub fn open(disk: &dyn Disk, number: u64) -> io::Result<Self> {
-        Ok(Self { number, file: disk.open(&Self::name(number))? })
-    }
-
-    /// The file.
-    pub fn file(&self) -> &dyn DiskFile {
-        &*self.file
-    }
-
-    /// Whether the header is whole and of this volume; a newer version is an error.
-    pub fn check_header(&self, volume: VolumeId) -> Result<bool, HeaderError> {
-        let mut found = [0; SEGMENT_HEADER_BYTES as usize];
-        if self.file.bytes()? < SEGMENT_HEADER_BYTES {
-            return Ok(false);
-        }
-        self.file.read_at(0, &mut found)?;
-        let version = u16::from_le_bytes([found[4], found[5]]);
-        if found[..4] == MAGIC && version > VERSION {
-            return Err(HeaderError::Newer { found: version });
-        }
-        Ok(found == segment_header(volume, self.number))
-    }
 }
 
 /// Why a segment's header could not be checked.
@@ -135,9 +82,10 @@ impl FramePlace {
     /// Reads it back and checks its digest again.
     pub fn read(&self) -> io::Result<Frame> {
         let mut header = [0; HEADER_BYTES];
-        self.segment.file.read_at(self.offset, &mut header)?;
+        let file = self.segment.file()?;
+        file.read_at(self.offset, &mut header)?;
         let mut body = vec![0; self.bytes as usize - HEADER_BYTES];
-        self.segment.file.read_at(self.offset + HEADER_BYTES as u64, &mut body)?;
+        file.read_at(self.offset + HEADER_BYTES as u64, &mut body)?;
         let frame = RawHeader::parse(&header).and_then(|raw| raw.with_body(body));
         frame.map_err(|cause| {
             let name = Segment::name(self.segment.number);
@@ -149,7 +97,7 @@ impl FramePlace {
 
 /// The end of the journal, where frames are appended.
 pub struct Journal {
-    disk: Arc<dyn Disk>,
+    segments: Arc<Segments>,
     volume: VolumeId,
     current: Option<Arc<Segment>>,
     end: Place,
@@ -162,13 +110,13 @@ impl Journal {
     /// Goes on at `end`, behind the last commit; `current` is the segment of that number if it can
     /// take more, else a new one is begun there.
     pub fn new(
-        disk: Arc<dyn Disk>,
+        segments: Arc<Segments>,
         volume: VolumeId,
         current: Option<Arc<Segment>>,
         end: Place,
     ) -> Self {
         let unsynced = Vec::new();
-        Self { disk, volume, current, end, committed: end, unsynced, names_unsynced: false }
+        Self { segments, volume, current, end, committed: end, unsynced, names_unsynced: false }
     }
 
     /// Appends a frame; it is not durable yet. After an error the frame is not there, and the
@@ -176,8 +124,9 @@ impl Journal {
     pub fn append(&mut self, frame: &Frame) -> io::Result<FramePlace> {
         let segment = self.segment_for_append()?;
         let offset = self.end.offset;
-        segment.file.write_at(offset, frame.header_bytes())?;
-        segment.file.write_at(offset + HEADER_BYTES as u64, &frame.body)?;
+        let file = segment.file()?;
+        file.write_at(offset, frame.header_bytes())?;
+        file.write_at(offset + HEADER_BYTES as u64, &frame.body)?;
         self.end.offset += frame.total_bytes();
         if self.unsynced.last().is_none_or(|last| last.number != segment.number) {
             self.unsynced.push(segment.clone());
@@ -193,18 +142,16 @@ impl Journal {
 
     fn segment_for_append(&mut self) -> io::Result<Arc<Segment>> {
         let enough = if self.end == self.committed {
-            self.disk.segment_bytes().enough // an epoch begins here
+            self.segments.disk().segment_bytes().enough // an epoch begins here
         } else {
-            self.disk.segment_bytes().max
+            self.segments.disk().segment_bytes().max
         };
         let number = match &self.current {
             Some(segment) if self.end.offset <= enough => return Ok(segment.clone()),
             Some(segment) => segment.number + 1,
             None => self.end.segment,
         };
-        let file = self.disk.create(&Segment::name(number))?;
-        file.write_at(0, &segment_header(self.volume, number))?;
-        let segment = Arc::new(Segment { number, file });
+        let segment = self.segments.create(self.volume, number)?;
         if self.end == self.committed {
             self.committed = Place { segment: number, offset: SEGMENT_HEADER_BYTES };
         }
@@ -218,11 +165,11 @@ impl Journal {
     /// Makes everything appended durable.
     pub fn sync(&mut self) -> io::Result<()> {
         for segment in &self.unsynced {
-            segment.file.sync()?;
+            segment.file()?.sync()?;
         }
         self.unsynced.clear();
         if self.names_unsynced {
-            self.disk.sync_names(FOLDER)?;
+            self.segments.disk().sync_names(FOLDER)?;
             self.names_unsynced = false;
         }
         Ok(())
@@ -242,14 +189,14 @@ impl Journal {
             return Ok(());
         }
         for number in (self.committed.segment + 1..=self.end.segment).rev() {
-            self.disk.remove(&Segment::name(number))?;
+            self.segments.remove(number)?;
             self.names_unsynced = true;
         }
         if self.current.as_ref().is_none_or(|current| current.number != self.committed.segment) {
-            self.current = Some(Arc::new(Segment::open(&*self.disk, self.committed.segment)?));
+            self.current = Some(self.segments.get(self.committed.segment));
         }
         let current = self.current.as_ref().expect("it was just set");
-        current.file.truncate(self.committed.offset)?;
+        current.file()?.truncate(self.committed.offset)?;
         self.unsynced = vec![current.clone()];
         self.end = self.committed;
         Ok(())

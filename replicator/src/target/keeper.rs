@@ -9,8 +9,11 @@
 
 use super::disk::Disk;
 use super::journal::Journal;
+use super::merge::Merge;
 use super::recover::{self, RecoverError};
 use super::replica::{self, Replica, ReplicaError};
+use super::retention::RetentionClock;
+use super::segments::{HISTORY, KEPT, Segments};
 use super::space::Space;
 use super::state::{CopyRecord, StateError, StateRecord};
 use super::view::View;
@@ -18,7 +21,7 @@ use super::volume::{CommitStep, DataStep, Verify, Volume, refuse};
 use crate::pulse;
 use secondsite_format::extent::{Content, ExtentKind};
 use secondsite_format::frame::Frame;
-use secondsite_format::ids::{CutId, ServerId, SyncId, VolumeId};
+use secondsite_format::ids::{CutId, Epoch, ServerId, SyncId, VolumeId};
 use secondsite_format::limits;
 use secondsite_format::manifest::{PUBLIC_KEY_BYTES, SignedManifest};
 use secondsite_format::message::{Refusal, RefusalCode, Reply, Welcome};
@@ -75,6 +78,8 @@ pub struct Keeper {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) replica: Replica,
     pub(super) space: Arc<Space>,
+    pub(super) segments: Arc<Segments>,
+    clock: Arc<RetentionClock>,
     volume: Mutex<Volume>,
     journal: Mutex<Journal>,
     verify: Verify,
@@ -86,6 +91,7 @@ impl Keeper {
         disk: Arc<dyn Disk>,
         spec: Option<&VolumeSpec>,
         space: Arc<Space>,
+        clock: Arc<RetentionClock>,
         verify: Verify,
     ) -> Result<Self, OpenError> {
         let device = spec.and_then(|spec| spec.device.as_deref());
@@ -99,12 +105,13 @@ impl Keeper {
             None => begin(&*disk, spec.ok_or(OpenError::Unknown)?)?,
         };
         let mut volume = Volume::new(record);
-        let journal = recover::recover(&disk, &mut volume, verify)?;
+        let segments = Arc::new(Segments::new(disk.clone()));
+        let journal = recover::recover(&segments, &mut volume, verify, &clock)?;
         if replica.is_file {
             space.promise(volume.epochs().iter().map(|epoch| epoch.payload_bytes).sum());
         }
         let (volume, journal) = (Mutex::new(volume), Mutex::new(journal));
-        Ok(Self { disk, replica, space, volume, journal, verify })
+        Ok(Self { disk, replica, space, segments, clock, volume, journal, verify })
     }
 
     /// The volume, for a moment: never hold it over I/O.
@@ -264,7 +271,7 @@ impl Keeper {
         // the epoch may be acknowledged, and the source may forget its taken bitmap.
         let end = journal.mark_committed();
         let mut volume = self.volume();
-        volume.commit(&signed, frame.total_bytes(), end);
+        volume.commit(&signed, frame.total_bytes(), end, self.clock.now_s());
         let reply = volume.committed_reply();
         drop(volume);
         let facts = &signed.manifest;
@@ -403,9 +410,51 @@ impl Keeper {
         volume.check_running()?;
         Ok(View {
             replica: self.replica.file.clone(),
-            epochs: volume.epochs().iter().map(|epoch| epoch.index.clone()).collect(),
+            layers: volume.layers(),
+            upto: volume.durable().map_or(Epoch(0), |facts| facts.epoch),
             replica_bytes: volume.record().volume_bytes,
+            volume_bytes: volume.durable_bytes(),
         })
+    }
+
+    /// The volume as it was at an epoch; good as long as nothing beyond that epoch is promoted and
+    /// the epoch is kept. None if it is not here.
+    pub fn view_at(&self, epoch: Epoch) -> Result<Option<View>, Refusal> {
+        let view = self.view()?;
+        let volume = self.volume();
+        let begun = volume.record().promoting.map_or(Epoch(0), |promoting| promoting.to);
+        let facts = volume.facts().find(|facts| facts.epoch == epoch && !facts.dropped);
+        let facts = facts.filter(|_| epoch >= begun);
+        Ok(facts.map(|facts| View { upto: epoch, volume_bytes: facts.volume_bytes, ..view }))
+    }
+
+    /// Makes a run of `layers`, which are neighbours and the oldest or the newest but the journal's
+    /// last; see [`Merge`]. Whether it was done.
+    pub(super) fn merge(
+        &self,
+        merge: &Merge<'_>,
+        going: &dyn Fn() -> bool,
+    ) -> Result<bool, Refusal> {
+        let path = self.disk.path(HISTORY);
+        let run = merge
+            .run(&self.segments, going)
+            .map_err(|error| self.failed("thinning in", &path, &error))?;
+        let Some(run) = run else { return Ok(false) };
+        let promised = self.volume().merged(Arc::new(run));
+        if self.replica.is_file {
+            self.space.give_back(promised);
+        }
+        Ok(true)
+    }
+
+    /// Lets go of the segments that nothing here reads any more.
+    pub(super) fn let_go(&self) {
+        let (needed, tail) = {
+            let volume = self.volume();
+            (volume.needed_segments(), volume.tail().segment)
+        };
+        self.segments
+            .retain(|number| needed.contains(&number) || (number & KEPT == 0 && number >= tail));
     }
 
     fn decode(&self, frame: &Frame) -> Result<Content, Refusal> {

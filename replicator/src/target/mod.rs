@@ -13,17 +13,23 @@ pub mod index;
 mod jobs;
 pub mod journal;
 pub mod keeper;
+pub mod layers;
+pub mod merge;
 mod observation;
 pub mod points;
 pub mod promote;
 pub mod recover;
 pub mod replica;
+pub mod retention;
+pub mod run;
+pub mod segments;
 pub mod server;
 pub mod session;
 pub mod site;
 pub mod space;
 pub mod state;
 pub mod store;
+pub mod tend;
 pub mod view;
 pub mod volume;
 
@@ -106,6 +112,7 @@ impl Target {
             reserve_bytes: config.reserve_bytes,
             memory_bytes: config.memory_bytes,
             verify: pki::verify_signature,
+            clock: Arc::default(),
         };
         let site = Arc::new(Site::new(site, assignment, changed));
         let server = Server::new(site.clone(), tls);

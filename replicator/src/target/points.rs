@@ -1,11 +1,13 @@
-//! Recovery points of one server, derived from what its volumes have; and how far to promote.
+//! Recovery points of one server, derived from what its volumes have; which of them stay, and how
+//! far to promote.
 //!
 //! Pure. A point is complete when every member volume of its manifests still has that cut, as its
 //! base or in its journal. Order is by epoch, never by wall time (only points that share no volume
 //! fall back to it).
 
+use super::retention::{self, Candidate};
 use super::state::{EpochFacts, consistency_word};
-use secondsite_control::api::PointReport;
+use secondsite_control::api::{KeepPolicy, PointReport};
 use secondsite_format::ids::{CutId, Epoch, Generation, ServerId, VolumeId};
 use secondsite_format::manifest::{Consistency, CutMethod};
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,6 +31,8 @@ pub struct CompletePoint {
     pub cut_id: CutId,
     /// Its time, by the agent's clock.
     pub time_ns: u64,
+    /// When it was committed by the retention clock, seconds.
+    pub stamp_s: u64,
     generation: Generation,
     members: BTreeMap<VolumeId, Arc<EpochFacts>>,
     consistency: Consistency,
@@ -46,15 +50,20 @@ pub fn complete_points(volumes: &[VolumeEpochs]) -> Vec<CompletePoint> {
             if facts.doubt_from != Epoch(0) {
                 doubt_from = doubt_from.min(facts.doubt_from);
             }
+            if facts.dropped {
+                continue;
+            }
             let point = cuts.entry(facts.cut_id).or_insert_with(|| CompletePoint {
                 cut_id: facts.cut_id,
                 time_ns: facts.time_ns,
+                stamp_s: facts.stamp_s,
                 generation: volume.generation,
                 members: BTreeMap::new(),
                 consistency: facts.consistency,
                 doubted,
             });
             point.time_ns = point.time_ns.max(facts.time_ns);
+            point.stamp_s = point.stamp_s.max(facts.stamp_s);
             point.consistency = point.consistency.min(facts.consistency);
             point.doubted |= doubted;
             point.members.insert(volume.volume, facts.clone());
@@ -65,6 +74,11 @@ pub fn complete_points(volumes: &[VolumeEpochs]) -> Vec<CompletePoint> {
 }
 
 impl CompletePoint {
+    /// The epoch of each volume of it.
+    pub fn epochs(&self) -> impl Iterator<Item = (VolumeId, Epoch)> {
+        self.members.iter().map(|(volume, facts)| (*volume, facts.epoch))
+    }
+
     /// All manifests name the same members, and each of them is here.
     fn is_complete(&self) -> bool {
         self.members.values().all(|facts| facts.members.iter().eq(self.members.keys()))
@@ -164,15 +178,66 @@ fn in_order(mut cuts: BTreeMap<CutId, CompletePoint>) -> Vec<CompletePoint> {
     ordered
 }
 
-/// How far each volume of a server is to be promoted: to its epoch of the newest point that may
-/// be, so that never a volume is beyond the newest complete point.
-pub fn promotions(points: &[CompletePoint]) -> BTreeMap<VolumeId, Epoch> {
-    let mut wanted = BTreeMap::new();
-    for point in points.iter().filter(|point| point.may_be_promoted()) {
-        for (volume, facts) in &point.members {
-            let epoch: &mut Epoch = wanted.entry(*volume).or_default();
-            *epoch = facts.epoch.max(*epoch);
+/// What is to become of a server's recovery points.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The points that stay.
+    pub points: BTreeSet<CutId>,
+    /// Of each volume, the epochs that must go on being shown.
+    pub kept: BTreeMap<VolumeId, BTreeSet<Epoch>>,
+    /// How far each volume is to be promoted: never beyond a point that stays.
+    pub floor: BTreeMap<VolumeId, Epoch>,
+}
+
+/// Chooses among `points`, all complete ones of a server, oldest first. Without a policy only the
+/// newest that may become the replica stays, and what is newer. Points of `held` stay in any case.
+pub fn plan(
+    points: &[CompletePoint],
+    volumes: &[VolumeEpochs],
+    policy: Option<&KeepPolicy>,
+    held: &BTreeSet<CutId>,
+    now_s: u64,
+) -> Plan {
+    let held = |point: &CompletePoint| held.contains(&point.cut_id);
+    let keep = match policy {
+        Some(policy) => {
+            let candidate = |point: &CompletePoint| Candidate {
+                stamp_s: point.stamp_s,
+                rank: point.is_exact().into(),
+                held: held(point),
+            };
+            let candidates: Vec<Candidate> = points.iter().map(candidate).collect();
+            retention::kept(&candidates, policy, now_s)
+        }
+        None => {
+            let newest = points.iter().rposition(CompletePoint::may_be_promoted).unwrap_or(0);
+            points.iter().enumerate().map(|(i, point)| i >= newest || held(point)).collect()
+        }
+    };
+    let mut plan = Plan::default();
+    let oldest = keep.iter().position(|kept| *kept).map_or(0, |oldest| oldest + 1);
+    let floor = points[..oldest].iter().rposition(CompletePoint::may_be_promoted);
+    for point in points[..floor.map_or(0, |at| at + 1)].iter().filter(|p| p.may_be_promoted()) {
+        for (volume, epoch) in point.epochs() {
+            let to = plan.floor.entry(volume).or_default();
+            *to = epoch.max(*to);
         }
     }
-    wanted
+    for (volume, epoch) in &plan.floor {
+        plan.kept.entry(*volume).or_default().insert(*epoch);
+    }
+    for (point, _) in points.iter().zip(&keep).filter(|(_, kept)| **kept) {
+        plan.points.insert(point.cut_id);
+        for (volume, epoch) in point.epochs() {
+            plan.kept.entry(volume).or_default().insert(epoch);
+        }
+    }
+    // What is newer than a volume's newest point may yet become one.
+    for volume in volumes {
+        let kept = plan.kept.entry(volume.volume).or_default();
+        let of = |point: &CompletePoint| point.members.get(&volume.volume).map(|f| f.epoch);
+        let newest = points.iter().filter_map(of).max().unwrap_or(Epoch(0));
+        kept.extend(volume.epochs.iter().map(|facts| facts.epoch).filter(|e| *e > newest));
+    }
+    plan
 }

@@ -6,52 +6,52 @@
 //!
 //! [`Volume::plan_promotion`]: super::volume::Volume::plan_promotion
 
-use super::index::{EpochIndex, next_piece, overlay};
-use super::journal::{FOLDER, Segment};
 use super::keeper::Keeper;
+use super::layers::{Layer, next_piece, overlay};
 use super::state::StateRecord;
 use super::view::FrameReader;
 use secondsite_format::ids::Epoch;
 use secondsite_format::message::Refusal;
 use std::io;
-use std::sync::Arc;
 
 /// Bytes of the volume whose pieces are sorted out at a time.
 const WINDOW_BYTES: u64 = 64 << 20;
+/// Unpacked frames kept meanwhile, bytes: every epoch of a window has its own at hand.
+const READING_BYTES: usize = 64 << 20;
 
 /// Promotes a volume up to `wanted`, as long as `going` says so. Whether anything was promoted.
 pub fn promote(keeper: &Keeper, wanted: Epoch, going: &dyn Fn() -> bool) -> Result<bool, Refusal> {
-    let planned = {
+    let (planned, layers) = {
         let volume = keeper.volume();
         volume.check_running()?;
-        volume.plan_promotion(wanted)
+        (volume.plan_promotion(wanted), volume.layers())
     };
-    let Some((begun, epochs)) = planned else { return Ok(false) };
-    let last = epochs.last().expect("a plan has an epoch").clone();
+    let Some((begun, last)) = planned else { return Ok(false) };
     // Durable before the first write to the replica: from here on it is between two.
     keeper.store_durably(&begun)?;
     keeper.volume().set_record(begun.clone());
-    let volume_bytes = last.facts.volume_bytes;
+    let volume_bytes = last.volume_bytes;
     keeper.grow_replica(volume_bytes)?;
-    let indexes: Vec<Arc<EpochIndex>> = epochs.into_iter().map(|epoch| epoch.index).collect();
+    let base = begun.base.as_ref().map_or(Epoch(0), |base| base.epoch);
     let written = clear(keeper, begun.volume_bytes, volume_bytes, going)
-        .and_then(|cleared| Ok(cleared && write(keeper, &indexes, going)?))
+        .and_then(|cleared| Ok(cleared && write(keeper, &layers, base, last.epoch, going)?))
         .map_err(|error| keeper.failed("promoting into", &keeper.replica.path, &error))?;
     if !written {
         return Ok(false); // the next start goes on
     }
     keeper.sync_replica()?;
-    let base = Some((*last.facts).clone());
-    let record = StateRecord { base, volume_bytes, tail: last.end, promoting: None, ..begun };
+    let tail = keeper.volume().end_of(last.epoch);
+    let base = Some((*last).clone());
+    let record = StateRecord { base, volume_bytes, tail, promoting: None, ..begun };
     keeper.store_durably(&record)?;
     // The base is durable and so is the replica: nothing reads these epochs from the journal
-    // again, but a view that began before, and that keeps its segments open.
+    // again, but a view that began before, and that keeps its files.
     let promised = keeper.volume().promoted(record);
     if keeper.replica.is_file {
         keeper.space.give_back(promised);
     }
-    remove_segments(keeper, last.end.segment)
-        .map_err(|error| keeper.stop("removing from", &keeper.disk.path(FOLDER), &error))?;
+    drop(layers);
+    keeper.let_go();
     Ok(true)
 }
 
@@ -73,19 +73,23 @@ fn clear(keeper: &Keeper, from: u64, to: u64, going: &dyn Fn() -> bool) -> io::R
 /// Writes the newest version of every byte once, in rising order; false if it was told to end.
 fn write(
     keeper: &Keeper,
-    epochs: &[Arc<EpochIndex>],
+    layers: &[Layer],
+    base: Epoch,
+    upto: Epoch,
     going: &dyn Fn() -> bool,
 ) -> io::Result<bool> {
     let replica = &keeper.replica.file;
-    let mut reader = FrameReader::default();
+    let mut reader = FrameReader::new(READING_BYTES);
     let mut at = 0;
-    while let Some(start) = next_piece(epochs, at) {
+    while let Some(start) = next_piece(layers, at, upto)? {
         let end = start.saturating_add(WINDOW_BYTES);
-        for piece in overlay(epochs, start, end) {
+        // What is of the base or older is in the replica already.
+        let fresh = overlay(layers, start, end, upto)?.into_iter().filter(|p| p.epoch > base);
+        for piece in fresh {
             if !going() {
                 return Ok(false);
             }
-            reader.piece(epochs, &piece, |content| match content {
+            reader.piece(layers, &piece, |content| match content {
                 Some(content) => replica.write_at(piece.start, content),
                 None => replica.zero(piece.start, piece.end - piece.start),
             })?;
@@ -93,15 +97,4 @@ fn write(
         at = end;
     }
     Ok(true)
-}
-
-/// Removes the segments whose frames are all promoted: those before the one in which the base's
-/// commit ends. A crash in between leaves some; opening removes them.
-fn remove_segments(keeper: &Keeper, first_kept: u64) -> io::Result<()> {
-    for name in keeper.disk.list(FOLDER)? {
-        if let Some(number) = Segment::number(&name).filter(|number| *number < first_kept) {
-            keeper.disk.remove(&Segment::name(number))?;
-        }
-    }
-    Ok(())
 }

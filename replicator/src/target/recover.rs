@@ -10,16 +10,21 @@
 //! So each segment is settled before it is read: what is found here is told to the source as
 //! durable, and the source forgets what it had taken for it.
 
-use super::disk::Disk;
 use super::journal::{FOLDER, FramePlace, HeaderError, Journal, Place, Segment};
 use super::journal::{SEGMENT_HEADER_BYTES, VERSION};
+use super::merge;
+use super::retention::RetentionClock;
+use super::run::{self, Run};
+use super::segments::{HISTORY, KEPT, Segments};
 use super::state::StateRecord;
 use super::volume::{CommitStep, DataStep, Verify, Volume};
 use secondsite_format::FormatError;
 use secondsite_format::extent::Content;
 use secondsite_format::frame::{self, Frame, FrameKind, HEADER_BYTES, RawHeader};
+use secondsite_format::ids::Epoch;
 use secondsite_format::limits;
 use secondsite_format::manifest::SignedManifest;
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -62,12 +67,19 @@ pub enum RecoverError {
     },
 }
 
-/// Reads the journal behind `volume`'s base into it, and returns the journal's end.
+/// Opens the runs behind `volume`'s base, reads the journal behind them into it, and returns the
+/// journal's end. `stamp_s` tells what the retention clock shows once it has gone on from the runs.
 pub fn recover(
-    disk: &Arc<dyn Disk>,
+    segments: &Arc<Segments>,
     volume: &mut Volume,
     verify: Verify,
+    clock: &RetentionClock,
 ) -> Result<Journal, RecoverError> {
+    let all = segments;
+    let disk = all.disk();
+    open_runs(all, volume)?;
+    let newest = volume.facts().map(|facts| facts.stamp_s).max();
+    clock.resume(newest.unwrap_or(0));
     // A process before this one may have ended, or failed, between writing a commit and making it
     // durable. The source forgets its marks for what is found here, so it must be on the medium.
     disk.sync_names(FOLDER)?;
@@ -76,8 +88,8 @@ pub fn recover(
     numbers.sort_unstable();
     let mut segments = Vec::new();
     for number in &numbers {
-        let segment = Arc::new(Segment::open(&**disk, *number)?);
-        segment.file().settle()?;
+        let segment = all.get(*number);
+        segment.file()?.settle()?;
         let whole = segment.check_header(volume.record().volume).map_err(|error| match error {
             HeaderError::Io(error) => RecoverError::Io(error),
             HeaderError::Newer { found } => {
@@ -87,9 +99,9 @@ pub fn recover(
         })?;
         segments.push((segment, whole));
     }
-    let tail = volume.record().tail;
+    let tail = volume.tail();
     segments.retain(|(segment, _)| segment.number >= tail.segment);
-    let mut scan = Scan { at: tail, committed: tail, volume, verify };
+    let mut scan = Scan { at: tail, committed: tail, volume, verify, clock };
     let stop = scan.run(&segments)?;
     let (name, offset) = (Segment::name(scan.at.segment), scan.at.offset);
     // A promotion that was begun has written parts of its epochs into the replica volume. They were
@@ -123,10 +135,15 @@ pub fn recover(
     }
     scan.volume.drop_staged();
     let committed = scan.committed;
-    drop_behind(disk, &segments, committed)?;
-    // Segments wholly below the base were promoted; a crash kept them from being removed.
-    for number in numbers.iter().filter(|number| **number < tail.segment) {
-        disk.remove(&Segment::name(*number))?;
+    drop_behind(all, &segments, committed)?;
+    // Segments below the tail that no run reads were promoted, or thinned away; a crash kept them
+    // from being removed.
+    let needed = scan.volume.needed_segments();
+    let kept = disk.list(HISTORY)?;
+    let kept = kept.iter().filter_map(|name| Segment::number(name)).map(|number| number | KEPT);
+    let below = numbers.iter().copied().filter(|number| *number < tail.segment);
+    for number in below.chain(kept).filter(|number| !needed.contains(number)) {
+        all.remove(number)?;
     }
     let current = segments
         .into_iter()
@@ -143,13 +160,58 @@ pub fn recover(
         record.store(&**disk)?;
         scan.volume.set_record(record);
     }
-    Ok(Journal::new(disk.clone(), id, current, end))
+    Ok(Journal::new(all.clone(), id, current, end))
+}
+
+/// Opens the runs behind the base. What a merge or a promotion left, that a crash interrupted, goes.
+fn open_runs(segments: &Segments, volume: &mut Volume) -> Result<(), RecoverError> {
+    let disk = segments.disk();
+    disk.sync_names(HISTORY)?;
+    merge::clean(&**disk)?;
+    let base = volume.record().base.as_ref().map_or(Epoch(0), |base| base.epoch);
+    let mut found: Vec<(Epoch, Epoch)> =
+        disk.list(HISTORY)?.iter().filter_map(|name| run::range(name)).collect();
+    // Of those that begin together the longest comes first: a merged one before what it replaced.
+    found.sort_by_key(|(from, to)| (*from, std::cmp::Reverse(*to)));
+    let mut runs: Vec<Arc<Run>> = Vec::new();
+    for (from, to) in found {
+        let upto = runs.last().map_or(base, |run| run.to);
+        if to <= upto {
+            disk.remove(&run::name(from, to))?;
+            continue;
+        }
+        if runs.last().map_or(from > base, |last| from != last.to) {
+            let cause = format!("no run holds the epochs from {} to {from}", upto.next());
+            return Err(RecoverError::Damaged {
+                name: run::name(from, to),
+                offset: 0,
+                cause,
+                epoch: to.0,
+            });
+        }
+        runs.push(Arc::new(Run::open(segments, volume.record().volume, from, to)?));
+    }
+    let present = |folder: &str, mask: u64| -> io::Result<BTreeSet<u64>> {
+        let names = disk.list(folder)?;
+        Ok(names.iter().filter_map(|name| Segment::number(name)).map(|n| n | mask).collect())
+    };
+    let mut present_segments = present(FOLDER, 0)?;
+    present_segments.extend(present(HISTORY, KEPT)?);
+    for run in &runs {
+        if let Some(row) = run.uses.iter().find(|row| !present_segments.contains(&row.number)) {
+            let (name, epoch) = (Segment::name(row.number), run.to.0);
+            let cause = "the file is missing".into();
+            return Err(RecoverError::Damaged { name, offset: 0, cause, epoch });
+        }
+    }
+    volume.set_runs(runs);
+    Ok(())
 }
 
 /// Takes away what stands behind the last commit. It was never acknowledged, or its commit would
 /// have been found.
 fn drop_behind(
-    disk: &Arc<dyn Disk>,
+    all: &Segments,
     segments: &[(Arc<Segment>, bool)],
     committed: Place,
 ) -> io::Result<()> {
@@ -157,15 +219,15 @@ fn drop_behind(
     for (segment, whole) in segments.iter().rev() {
         let behind = segment.number > committed.segment;
         if behind || !whole {
-            disk.remove(&Segment::name(segment.number))?;
+            all.remove(segment.number)?;
             names_changed = true;
-        } else if segment.number == committed.segment && segment.file().bytes()? > committed.offset
+        } else if segment.number == committed.segment && segment.file()?.bytes()? > committed.offset
         {
-            segment.file().truncate(committed.offset)?;
-            segment.file().sync()?;
+            segment.file()?.truncate(committed.offset)?;
+            segment.file()?.sync()?;
         }
     }
-    if names_changed { disk.sync_names(FOLDER) } else { Ok(()) }
+    if names_changed { all.disk().sync_names(FOLDER) } else { Ok(()) }
 }
 
 /// Why a scan went no further.
@@ -182,6 +244,7 @@ struct Scan<'a> {
     committed: Place,
     volume: &'a mut Volume,
     verify: Verify,
+    clock: &'a RetentionClock,
 }
 
 impl Scan<'_> {
@@ -199,7 +262,7 @@ impl Scan<'_> {
                 self.at.offset = 0;
                 return stop("its header is not whole".into());
             }
-            let bytes = segment.file().bytes()?;
+            let bytes = segment.file()?.bytes()?;
             if bytes < self.at.offset {
                 return stop("it is cut short".into());
             }
@@ -250,7 +313,7 @@ impl Scan<'_> {
                     Err(refusal) => return stop(refusal.message),
                 }
                 self.at.offset += total_bytes;
-                self.volume.commit(&signed, total_bytes, self.at);
+                self.volume.commit(&signed, total_bytes, self.at, self.clock.now_s());
                 self.committed = self.at;
             }
             kind => return stop(format!("a {kind:?} frame does not belong there")),
@@ -267,11 +330,11 @@ impl Scan<'_> {
         let magic = frame::MAGIC.to_le_bytes();
         let mut window = vec![0; WINDOW_BYTES + magic.len() - 1];
         for (segment, _) in segments.iter().filter(|(s, _)| s.number >= self.at.segment) {
-            let bytes = segment.file().bytes()?;
+            let bytes = segment.file()?.bytes()?;
             let mut from = if segment.number == self.at.segment { self.at.offset } else { 0 };
             while from < bytes {
                 let count = window.len().min((bytes - from) as usize);
-                segment.file().read_at(from, &mut window[..count])?;
+                segment.file()?.read_at(from, &mut window[..count])?;
                 let places = window[..count].windows(magic.len()).enumerate();
                 for (i, _) in places.filter(|(_, found)| *found == magic) {
                     if let Some(epoch) = self.is_commit(segment, from + i as u64, bytes)? {
@@ -312,7 +375,7 @@ fn read_frame(
         return cut_short(HEADER_BYTES as u64);
     }
     let mut header = [0; HEADER_BYTES];
-    segment.file().read_at(offset, &mut header)?;
+    segment.file()?.read_at(offset, &mut header)?;
     let raw = match RawHeader::parse(&header) {
         Ok(raw) => raw,
         Err(error) => return Ok(Err(error)),
@@ -322,6 +385,6 @@ fn read_frame(
         return cut_short(total_bytes);
     }
     let mut body = vec![0; raw.body_bytes()];
-    segment.file().read_at(offset + HEADER_BYTES as u64, &mut body)?;
+    segment.file()?.read_at(offset + HEADER_BYTES as u64, &mut body)?;
     Ok(raw.with_body(body))
 }

@@ -11,17 +11,17 @@ use super::entry::{Entry, Opened};
 use super::jobs::{Job, Jobs};
 use super::keeper::{Keeper, OpenError, VolumeSpec};
 use super::observation::Refusals;
-use super::points::{VolumeEpochs, complete_points, promotions};
-use super::promote::promote;
 use super::recover::RecoverError;
+use super::retention::RetentionClock;
 use super::session::Peer;
 use super::space::Space;
 use super::state::{self, StateError};
 use super::store::Store;
+use super::tend::Holds;
 use super::volume::{Verify, refuse, shrunk};
 use crate::pulse;
 use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
-use secondsite_format::ids::{Epoch, ServerId, VolumeId};
+use secondsite_format::ids::{ServerId, VolumeId};
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
@@ -40,6 +40,8 @@ pub struct SiteConfig {
     pub memory_bytes: u64,
     /// Checks the signatures of manifests.
     pub verify: Verify,
+    /// Tells how old points are.
+    pub clock: Arc<RetentionClock>,
 }
 
 type Entries = BTreeMap<(ServerId, VolumeId), Arc<Entry>>;
@@ -49,6 +51,8 @@ pub struct Site {
     config: SiteConfig,
     pub(super) budget: Budget,
     pub(super) space: Arc<Space>,
+    pub(super) clock: Arc<RetentionClock>,
+    pub(super) holds: Arc<Holds>,
     /// Counted for metrics.
     pub(super) refusals: Refusals,
     assignment: Mutex<Arc<TargetAssignment>>,
@@ -71,6 +75,8 @@ impl Site {
             budget: Budget::new(config.memory_bytes),
             refusals: Refusals::default(),
             space: Arc::new(Space::new(config.reserve_bytes)),
+            clock: config.clock.clone(),
+            holds: Arc::default(),
             config,
             assignment: Mutex::new(Arc::new(TargetAssignment { version: 0, servers: vec![] })),
             entries: Mutex::default(),
@@ -197,7 +203,7 @@ impl Site {
 
     /// An epoch of this server was committed.
     pub(super) fn committed(&self, server: ServerId) {
-        self.jobs.add(Job::Promote(server));
+        self.jobs.add(Job::Tend(server));
         self.changed();
     }
 
@@ -248,7 +254,7 @@ impl Site {
     fn run(&self, job: Job) {
         match job {
             Job::Open(server, volume) => self.open(server, volume),
-            Job::Promote(server) => self.promote(server),
+            Job::Tend(server) => self.tend(server),
         }
     }
 
@@ -268,12 +274,13 @@ impl Site {
         let opened = pulse::outside(|| self.config.store.open(server, volume))
             .map_err(|cause| OpenError::Io { operation: "making its folder", cause })
             .and_then(|disk| {
-                Keeper::open(disk, spec.as_ref(), self.space.clone(), self.config.verify)
+                let (space, clock) = (self.space.clone(), self.clock.clone());
+                Keeper::open(disk, spec.as_ref(), space, clock, self.config.verify)
             });
         match opened {
             Ok(keeper) => {
                 entry.set_opened(Opened::Open(Arc::new(keeper)));
-                self.jobs.add(Job::Promote(server));
+                self.jobs.add(Job::Tend(server));
             }
             Err(error) => {
                 let message =
@@ -288,32 +295,17 @@ impl Site {
         }
     }
 
-    fn promote(&self, server: ServerId) {
-        let keepers = self.keepers(server);
-        let wanted = promotions(&complete_points(&epochs_of(&keepers)));
-        for (volume, keeper) in keepers {
-            // A promotion that was interrupted goes on even if no point asks for it now.
-            let wanted = wanted.get(&volume).copied().unwrap_or(Epoch(0));
-            match promote(&keeper, wanted, &|| !self.stopping()) {
-                Ok(true) => {
-                    tracing::debug!(%server, %volume, epoch = wanted.0, "epoch promoted");
-                    if let Some(entry) = self.entries().get(&(server, volume)) {
-                        entry.counts.promotions.fetch_add(1, Ordering::Relaxed);
-                    }
-                    self.changed();
-                }
-                Ok(false) => {}
-                Err(refusal) => {
-                    tracing::error!(%server, %volume, "promoting: {refusal}");
-                    if refusal.code == RefusalCode::NoSpace {
-                        self.again().push(Job::Promote(server));
-                    }
-                }
-            }
-        }
+    /// A server whose job found no space is looked after again later.
+    pub(super) fn again_later(&self, server: ServerId) {
+        self.again().push(Job::Tend(server));
     }
 
-    fn keepers(&self, of: ServerId) -> Vec<(VolumeId, Arc<Keeper>)> {
+    /// A volume.
+    pub(super) fn entry(&self, server: ServerId, volume: VolumeId) -> Option<Arc<Entry>> {
+        self.entries().get(&(server, volume)).cloned()
+    }
+
+    pub(super) fn keepers(&self, of: ServerId) -> Vec<(VolumeId, Arc<Keeper>)> {
         let all = self.all().into_iter().filter(|((server, _), _)| *server == of);
         all.filter_map(|((_, volume), entry)| Some((volume, entry.keeper()?))).collect()
     }
@@ -324,7 +316,7 @@ impl Site {
         let mut servers: Vec<ServerId> = all.iter().map(|((server, _), _)| *server).collect();
         servers.dedup();
         let points = servers.into_iter().flat_map(|server| {
-            let points = complete_points(&epochs_of(&self.keepers(server)));
+            let points = self.points(server);
             points.into_iter().map(move |point| point.report(server))
         });
         TargetReport {
@@ -398,19 +390,4 @@ fn may_pass(error: &OpenError) -> bool {
 
 fn not_allowed(message: &str) -> Refusal {
     refuse(RefusalCode::NotAllowed, message)
-}
-
-/// What each volume has, base first.
-fn epochs_of(keepers: &[(VolumeId, Arc<Keeper>)]) -> Vec<VolumeEpochs> {
-    let of = |(volume, keeper): &(VolumeId, Arc<Keeper>)| {
-        let held = keeper.volume();
-        let base = held.record().base.clone().map(Arc::new);
-        let journaled = held.epochs().iter().map(|epoch| epoch.facts.clone());
-        VolumeEpochs {
-            volume: *volume,
-            generation: held.record().generation,
-            epochs: base.into_iter().chain(journaled).collect(),
-        }
-    };
-    keepers.iter().map(of).collect()
 }

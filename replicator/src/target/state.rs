@@ -14,7 +14,7 @@ use std::io;
 /// Its name in the volume's folder.
 pub const FILE: &str = "state.json";
 /// Newest format known.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Largest file believed, bytes: the facts of one epoch with all its members, as text.
 const FILE_BYTES_MAX: u64 = 256 << 10;
 
@@ -103,11 +103,21 @@ pub struct EpochFacts {
     /// Chain digest of the manifest.
     #[serde(with = "hex32")]
     pub chain: [u8; 32],
+    /// When it was committed by the retention clock (`super::retention`), seconds.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub stamp_s: u64,
+    /// Thinning has merged it into a later epoch: it is no point any more.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub dropped: bool,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl EpochFacts {
-    /// The facts of a manifest that was checked.
-    pub fn of(signed: &SignedManifest) -> Self {
+    /// The facts of a manifest that was checked, committed at `stamp_s`.
+    pub fn of(signed: &SignedManifest, stamp_s: u64) -> Self {
         let manifest = &signed.manifest;
         Self {
             epoch: manifest.epoch,
@@ -121,6 +131,8 @@ impl EpochFacts {
             lacking: manifest.lacking.clone(),
             unreadable: manifest.unreadable.clone(),
             chain: signed.chain_digest(),
+            stamp_s,
+            dropped: false,
         }
     }
 }
@@ -185,10 +197,10 @@ impl StateRecord {
         match value["format"].as_u64() {
             Some(found) if found > u64::from(FORMAT) => Err(StateError::Newer { found }),
             Some(found) if found == u64::from(FORMAT) => Ok(serde_json::from_value(value)?),
-            Some(1) => {
-                // Format 1 knew no growth: its base has the volume's size.
+            Some(found @ (1 | 2)) => {
+                // Format 1 knew no growth: its base has the volume's size. Format 2 knew no runs.
                 let volume_bytes = value["volume_bytes"].clone();
-                if let Some(base) = value["base"].as_object_mut() {
+                if let Some(base) = value["base"].as_object_mut().filter(|_| found == 1) {
                     base.insert("volume_bytes".into(), volume_bytes);
                 }
                 value["format"] = FORMAT.into();

@@ -3,7 +3,7 @@
 //! Ids are made by control and parsed here: no name of a peer becomes part of a path.
 
 use super::disk::{Disk, Folder, free_bytes};
-use super::{journal, state};
+use super::{journal, segments, state};
 use secondsite_format::ids::{ServerId, VolumeId};
 use std::io;
 use std::path::PathBuf;
@@ -49,7 +49,8 @@ impl Store for Folders {
     }
 
     fn open(&self, server: ServerId, volume: VolumeId) -> io::Result<Arc<dyn Disk>> {
-        let folder = Folder::create(&self.0, &below(server, volume), &[journal::FOLDER])?;
+        let folder =
+            Folder::create(&self.0, &below(server, volume), &[journal::FOLDER, segments::HISTORY])?;
         Ok(Arc::new(folder))
     }
 

@@ -8,6 +8,8 @@
 
 use super::index::{EpochIndex, StagedFrame};
 use super::journal::{FramePlace, Place};
+use super::layers::Layer;
+use super::run::Run;
 use super::state::{CopyRecord, EpochFacts, Promoting, StateRecord};
 use secondsite_format::extent::{Content, Extent};
 use secondsite_format::frame::FrameHeader;
@@ -15,6 +17,7 @@ use secondsite_format::ids::{CutId, Epoch};
 use secondsite_format::limits;
 use secondsite_format::manifest::{EpochDigest, PUBLIC_KEY_BYTES, SIGNATURE_BYTES, SignedManifest};
 use secondsite_format::message::{CopyState, PROTOCOL, Refusal, RefusalCode, Reply, Welcome};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// Checks a signature: public key, bytes, signature.
@@ -35,7 +38,7 @@ pub fn shrunk(before: u64, now: u64) -> Refusal {
     refuse(RefusalCode::Mismatch, message)
 }
 
-/// A committed epoch that the replica does not hold yet.
+/// A committed epoch that neither the replica nor a run holds yet.
 #[derive(Debug, Clone)]
 pub struct JournaledEpoch {
     /// Its manifest's facts.
@@ -89,7 +92,10 @@ pub enum CommitStep {
 /// See the module.
 pub struct Volume {
     record: StateRecord,
+    runs: Vec<Arc<Run>>,
     epochs: Vec<JournaledEpoch>,
+    /// Of all epochs that are here, so that none comes twice.
+    cuts: BTreeSet<CutId>,
     staged: Option<Staged>,
     stopped: Option<String>,
     /// The size that the session named; a smaller one than the durable size is never let in.
@@ -100,7 +106,9 @@ impl Volume {
     /// From what `state.json` says; the journal's frames follow by [`Self::stage`] and
     /// [`Self::commit`].
     pub fn new(record: StateRecord) -> Self {
-        Self { record, epochs: Vec::new(), staged: None, stopped: None, named_bytes: 0 }
+        let cuts = record.base.iter().map(|base| base.cut_id).collect();
+        let (runs, epochs) = (Vec::new(), Vec::new());
+        Self { record, runs, epochs, cuts, staged: None, stopped: None, named_bytes: 0 }
     }
 
     /// Size of the newest durable state, bytes.
@@ -133,14 +141,57 @@ impl Volume {
         self.record = record;
     }
 
-    /// Committed epochs that are not promoted, oldest first.
+    /// The newest committed epochs, oldest first: those that no run holds.
     pub fn epochs(&self) -> &[JournaledEpoch] {
         &self.epochs
     }
 
+    /// What history is on disk, oldest first.
+    pub fn runs(&self) -> &[Arc<Run>] {
+        &self.runs
+    }
+
+    /// The runs that an opened volume has.
+    pub fn set_runs(&mut self, runs: Vec<Arc<Run>>) {
+        self.cuts.extend(runs.iter().flat_map(|run| &run.facts).map(|facts| facts.cut_id));
+        self.runs = runs;
+    }
+
+    /// `run` holds now what the runs from `from` on and the oldest epochs of the journal held.
+    pub fn merged(&mut self, run: Arc<Run>) -> u64 {
+        let place =
+            self.runs.iter().position(|old| old.from >= run.from).unwrap_or(self.runs.len());
+        let count = self.runs[place..].iter().take_while(|old| old.to <= run.to).count();
+        let epochs = self.epochs.iter().take_while(|epoch| epoch.facts.epoch <= run.to).count();
+        for old in self.runs.splice(place..place + count, [run.clone()]) {
+            // One of the same epochs gave its name to the new one.
+            if (old.from, old.to) != (run.from, run.to) {
+                old.doom();
+            }
+        }
+        self.epochs.drain(..epochs).map(|epoch| epoch.payload_bytes).sum()
+    }
+
+    /// Everything over the replica, oldest first.
+    pub fn layers(&self) -> Vec<Layer> {
+        let runs = self.runs.iter().cloned().map(Layer::Run);
+        let epoch = |e: &JournaledEpoch| Layer::Epoch(e.facts.epoch, e.index.clone());
+        runs.chain(self.epochs.iter().map(epoch)).collect()
+    }
+
+    /// The facts of all epochs that are here, rising: the base, the runs', the journal's.
+    pub fn facts(&self) -> impl Iterator<Item = Arc<EpochFacts>> {
+        let base = self.record.base.clone().map(Arc::new);
+        let above = self.record.base.as_ref().map_or(Epoch(0), |base| base.epoch);
+        let runs = self.runs.iter().flat_map(|run| &run.facts).cloned();
+        let later = runs.chain(self.epochs.iter().map(|epoch| epoch.facts.clone()));
+        base.into_iter().chain(later.filter(move |facts| facts.epoch > above))
+    }
+
     /// The newest durable epoch's facts.
     pub fn durable(&self) -> Option<&EpochFacts> {
-        self.epochs.last().map(|epoch| &*epoch.facts).or(self.record.base.as_ref())
+        let run = self.runs.last().map(|run| &**run.last());
+        self.epochs.last().map(|epoch| &*epoch.facts).or(run).or(self.record.base.as_ref())
     }
 
     fn durable_epoch(&self) -> Epoch {
@@ -164,7 +215,10 @@ impl Volume {
     /// Bytes of the journal that are not promoted, with the staged part.
     pub fn journal_bytes(&self) -> u64 {
         let staged = self.staged.as_ref().map_or(0, |staged| staged.journal_bytes);
-        self.epochs.iter().map(|epoch| epoch.journal_bytes).sum::<u64>() + staged
+        let uses = self.runs.iter().flat_map(|run| &run.uses);
+        let files: BTreeMap<u64, u64> = uses.map(|row| (row.number, row.file_bytes)).collect();
+        let epochs: u64 = self.epochs.iter().map(|epoch| epoch.journal_bytes).sum();
+        files.values().sum::<u64>() + epochs + staged
     }
 
     /// What a new session is told.
@@ -224,8 +278,7 @@ impl Volume {
                 ),
             ));
         }
-        let known = self.epochs.iter().map(|epoch| &*epoch.facts).chain(&self.record.base);
-        if header.cut_id.is_none() || known.into_iter().any(|f| f.cut_id == header.cut_id) {
+        if header.cut_id.is_none() || self.cuts.contains(&header.cut_id) {
             return Err(refuse(
                 RefusalCode::OutOfOrder,
                 format!("cut id {} of epoch {due} is none or was used before", header.cut_id),
@@ -370,16 +423,17 @@ impl Volume {
     }
 
     /// The commit frame that [`Self::check_commit`] let through is durable; it ends at `end`.
-    pub fn commit(&mut self, signed: &SignedManifest, frame_bytes: u64, end: Place) {
+    pub fn commit(&mut self, signed: &SignedManifest, frame_bytes: u64, end: Place, stamp_s: u64) {
         let staged = self.staged.take();
         let frames = staged.as_ref().map_or(&[][..], |staged| &staged.frames);
         let epoch = JournaledEpoch {
-            facts: Arc::new(EpochFacts::of(signed)),
-            index: Arc::new(EpochIndex::build(frames)),
+            facts: Arc::new(EpochFacts::of(signed, stamp_s)),
+            index: Arc::new(EpochIndex::build(signed.manifest.epoch, frames)),
             end,
             journal_bytes: staged.as_ref().map_or(0, |staged| staged.journal_bytes) + frame_bytes,
             payload_bytes: staged.as_ref().map_or(0, |staged| staged.payload_bytes),
         };
+        self.cuts.insert(epoch.facts.cut_id);
         self.epochs.push(epoch);
     }
 
@@ -397,24 +451,48 @@ impl Volume {
         }
     }
 
-    /// What promoting up to `wanted` takes: the state to store first, and the epochs. A promotion
-    /// that was interrupted goes at least as far as it wanted to, because the replica may already
-    /// hold bytes of all of its epochs. None if there is nothing to promote.
-    pub fn plan_promotion(&self, wanted: Epoch) -> Option<(StateRecord, Vec<JournaledEpoch>)> {
+    /// What promoting up to `wanted` takes: the state to store first, and the facts of the epoch
+    /// that the replica will be. A promotion that was interrupted goes at least as far as it wanted
+    /// to, because the replica may already hold bytes of all of its epochs. None if there is
+    /// nothing to promote.
+    pub fn plan_promotion(&self, wanted: Epoch) -> Option<(StateRecord, Arc<EpochFacts>)> {
         let to = self.record.promoting.map_or(wanted, |begun| begun.to.max(wanted));
-        let count = self.epochs.iter().take_while(|epoch| epoch.facts.epoch <= to).count();
-        let last = self.epochs[..count].last()?;
         let from = self.record.base.as_ref().map_or(Epoch(0), |base| base.epoch);
-        let promoting = Some(Promoting { from, to: last.facts.epoch });
-        Some((StateRecord { promoting, ..self.record.clone() }, self.epochs[..count].to_vec()))
+        let last = self.facts().take_while(|facts| facts.epoch <= to).last()?;
+        if last.epoch <= from {
+            return None;
+        }
+        let promoting = Some(Promoting { from, to: last.epoch });
+        Some((StateRecord { promoting, ..self.record.clone() }, last))
     }
 
-    /// `record` is durable and its base is in the replica; the promoted epochs leave the index.
-    /// Returns the bytes that their promotion was reckoned with.
+    /// Where what lies behind an epoch begins in the journal, or in the newest run that holds it.
+    pub fn end_of(&self, epoch: Epoch) -> Place {
+        let run = self.runs.iter().find(|run| run.to >= epoch).map(|run| run.end);
+        let journaled = self.epochs.iter().find(|journaled| journaled.facts.epoch == epoch);
+        run.or(journaled.map(|journaled| journaled.end)).unwrap_or(self.record.tail)
+    }
+
+    /// `record` is durable and its base is in the replica; what the replica holds goes. Returns the
+    /// bytes that the promotion of the journal's epochs was reckoned with.
     pub fn promoted(&mut self, record: StateRecord) -> u64 {
         let base = record.base.as_ref().map_or(Epoch(0), |base| base.epoch);
         let count = self.epochs.iter().take_while(|epoch| epoch.facts.epoch <= base).count();
+        let runs = self.runs.iter().take_while(|run| run.to <= base).count();
+        self.runs.drain(..runs).for_each(|run| run.doom());
         self.record = record;
         self.epochs.drain(..count).map(|epoch| epoch.payload_bytes).sum()
+    }
+
+    /// Segments that something here still reads or goes on in.
+    pub fn needed_segments(&self) -> BTreeSet<u64> {
+        let runs = self.runs.iter().flat_map(|run| run.uses.iter().map(|row| row.number));
+        let epochs = self.epochs.iter().flat_map(|epoch| epoch.index.segments());
+        runs.chain(epochs.map(|segment| segment.number)).collect()
+    }
+
+    /// Where the journal's first frame behind everything promoted or in a run is.
+    pub fn tail(&self) -> Place {
+        self.runs.last().map_or(self.record.tail, |run| run.end)
     }
 }

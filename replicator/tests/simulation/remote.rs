@@ -12,6 +12,7 @@ use crate::world::{BLOCK, Killed, World};
 use secondsite::target::disk::Disk;
 use secondsite::target::disk::memory::{Access, Fault, MemoryDisk, Verb, Watch};
 use secondsite::target::keeper::Keeper;
+use secondsite::target::retention::RetentionClock;
 use secondsite::target::session::Peer;
 use secondsite::target::site::{Site, SiteConfig};
 use secondsite::target::state::EpochFacts;
@@ -198,6 +199,7 @@ impl Remote {
             id: SERVER.to_string(),
             name: "server".into(),
             machine: "08".repeat(32),
+            keep: None,
             active: true,
             volumes: (0..self.volumes).map(volume).collect(),
         };
@@ -253,6 +255,7 @@ impl Remote {
             reserve_bytes: 0,
             memory_bytes: 4 << 20,
             verify,
+            clock: Arc::new(RetentionClock::standing()),
         };
         self.world.note("target starts", &[]);
         let site = Arc::new(Site::new(config, self.assignment(), Box::new(|| {})));
@@ -451,13 +454,11 @@ impl Remote {
     }
 
     fn check_keeper(&self, volume: usize, keeper: &Keeper) {
-        let (record, epochs, copied) = {
+        let (record, facts, copied) = {
             let held = keeper.volume();
-            (held.record().clone(), held.epochs().to_vec(), held.copied())
+            (held.record().clone(), held.facts().collect::<Vec<_>>(), held.copied())
         };
         let (base, promoting) = (record.base, record.promoting.is_some());
-        let journaled = epochs.iter().map(|epoch| (*epoch.facts).clone());
-        let facts: Vec<EpochFacts> = base.clone().into_iter().chain(journaled).collect();
         let newest = facts.last().map_or((0, CutId::NONE), |facts| (facts.epoch.0, facts.cut_id));
         let mut state = self.state();
         let incarnation = state.incarnation;
@@ -479,11 +480,8 @@ impl Remote {
         let rotten = seen.rotten;
         let tampered = seen.tampered;
         drop(state);
-        let view = |count: usize, bytes: u64| {
-            let mut image = vec![0; bytes as usize];
-            let epochs = epochs[..count].iter().map(|epoch| epoch.index.clone()).collect();
-            let replica = keeper.view().ok()?.replica;
-            let view = View { replica, epochs, replica_bytes: record.volume_bytes };
+        let read = |view: &View| {
+            let mut image = vec![0; view.volume_bytes as usize];
             match view.read(0, &mut image) {
                 Ok(()) => Some(Arc::new(image)),
                 Err(error) => {
@@ -492,18 +490,13 @@ impl Remote {
                 }
             }
         };
-        let with_base = usize::from(base.is_some());
-        // Between two epochs only the newest state can be read.
-        let first = if promoting { epochs.len() } else { 0 };
-        for count in first..=epochs.len() {
-            // With nothing promoted and no epoch it is the first copy, which is of no instant.
-            let facts = (with_base + count).checked_sub(1).map(|at| &facts[at]);
-            let bytes = facts.map_or(record.volume_bytes, |facts| facts.volume_bytes);
-            let Some(image) = view(count, bytes) else { continue };
-            if count == epochs.len() {
-                self.state().seen[volume].image = Some(image.clone());
-            }
-            if let Some(facts) = facts.filter(|_| !tampered) {
+        // With nothing promoted and no epoch it is the first copy, which is of no instant.
+        if let Some(image) = keeper.view().ok().and_then(|view| read(&view)) {
+            self.state().seen[volume].image = Some(image);
+        }
+        for facts in &facts {
+            let Ok(Some(view)) = keeper.view_at(facts.epoch) else { continue };
+            if let Some(image) = read(&view).filter(|_| !tampered) {
                 self.check_epoch(volume, facts, &image);
             }
         }

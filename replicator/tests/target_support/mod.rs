@@ -46,7 +46,7 @@ pub fn spec() -> VolumeSpec {
 }
 
 pub fn open(disk: impl Disk + 'static) -> Result<Keeper, secondsite::target::keeper::OpenError> {
-    Keeper::open(Arc::new(disk), Some(&spec()), Arc::new(Space::new(0)), verify)
+    Keeper::open(Arc::new(disk), Some(&spec()), Arc::new(Space::new(0)), Arc::default(), verify)
 }
 
 /// What a block becomes.

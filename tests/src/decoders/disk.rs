@@ -39,7 +39,13 @@ fn open(disk: &MemoryDisk) -> Result<Keeper, OpenError> {
         device: None,
     };
     // Every signature counts as good: what lies behind the check is to be reached.
-    Keeper::open(Arc::new(disk.clone()), Some(&spec), Arc::new(Space::new(0)), |_, _, _| true)
+    Keeper::open(
+        Arc::new(disk.clone()),
+        Some(&spec),
+        Arc::new(Space::new(0)),
+        Arc::default(),
+        |_, _, _| true,
+    )
 }
 
 /// A volume whose first copy is complete.
