@@ -275,9 +275,6 @@ fn parts_of_one_block_from_many_threads_are_all_there() {
                     together.wait();
                     let offset = block * 4096 + u64::from(thread) * 512;
                     overlay.write_at(offset, &[thread; 512]).unwrap();
-                    let mut read = [0; 512];
-                    overlay.read_at(offset, &mut read).unwrap();
-                    assert_eq!(read, [thread; 512]);
                 }
             });
         }
