@@ -24,7 +24,7 @@ use std::io;
 /// Most bytes that one read or write may carry: what every client may count on.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 /// Most bytes of payloads on their way for one connection; a request beyond it waits.
-pub const CONNECTION_BYTES_MAX: usize = 64 << 20;
+pub const CONNECTION_BYTES_MAX: usize = 32 << 20;
 /// Most connections of a server; one more is closed at once.
 pub const CONNECTIONS_MAX: usize = 128;
 /// Most threads of a connection besides the one that reads; they start when a device is slow.

@@ -57,6 +57,13 @@ pub trait Exports {
     fn find(&self, name: &str) -> Option<(String, Arc<dyn Device>)>;
 }
 
+/// What a client has chosen.
+pub struct Chosen {
+    pub name: String,
+    pub device: Arc<dyn Device>,
+    pub terms: Terms,
+}
+
 /// What comes after an option.
 pub enum Next {
     /// Another one.
@@ -64,7 +71,7 @@ pub enum Next {
     /// TLS, after the reply is sent; then another one.
     StartTls,
     /// The requests.
-    Transmit { name: String, device: Arc<dyn Device>, terms: Terms },
+    Transmit(Chosen),
     /// Nothing.
     End,
 }
@@ -186,7 +193,7 @@ impl Negotiation {
         if !self.no_zeroes {
             out.extend([0; 124]);
         }
-        Next::Transmit { name, device, terms }
+        Next::Transmit(Chosen { name, device, terms })
     }
 
     fn info(&self, option: u32, data: &[u8], all: &dyn Exports, out: &mut Vec<u8>) -> Next {
@@ -218,7 +225,7 @@ impl Negotiation {
             reply(option, REP_INFO, &parts, out);
         }
         reply(option, ACK, &[], out);
-        if option == GO { Next::Transmit { name, device, terms } } else { Next::Option }
+        if option == GO { Next::Transmit(Chosen { name, device, terms }) } else { Next::Option }
     }
 
     fn meta_context(

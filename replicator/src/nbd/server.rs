@@ -4,8 +4,9 @@
 //! bounded; a handshake has a deadline. [`Server::stop`] ends all of it and removes its sockets.
 
 use super::connection::{Connection, STACK_BYTES};
-use super::negotiation::{Exports, Negotiation, Next, OPTION_BYTES_MAX, OPTION_HEADER_BYTES};
-use super::protocol::Terms;
+use super::negotiation::{
+    Chosen, Exports, Negotiation, Next, OPTION_BYTES_MAX, OPTION_HEADER_BYTES,
+};
 use super::stream::{Socket, Stream};
 use super::{CONNECTIONS_MAX, Device, NAME_BYTES_MAX, NEGOTIATION_SECONDS_MAX};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -110,6 +111,9 @@ impl Server {
             return Err(ServerError::NameLength);
         }
         let mut state = self.shared.lock();
+        if self.shared.stopping.load(Ordering::Acquire) {
+            return Err(ServerError::Stopped);
+        }
         if state.exports.contains_key(name) {
             return Err(ServerError::Name(name.into()));
         }
@@ -118,8 +122,8 @@ impl Server {
         Ok(())
     }
 
-    /// Serves it no longer; its connections end. Returns whether it was there. The device is given
-    /// up when the last request to it has returned.
+    /// Serves it no longer; its connections end. Returns whether it was there. No thread
+    /// uses the device any more once [`Self::connections`] of the name are 0.
     pub fn remove(&self, name: &str) -> bool {
         let mut state = self.shared.lock();
         let was = state.exports.remove(name).is_some();
@@ -148,7 +152,14 @@ impl Server {
             Err(_) => {}
         }
         let listener = private_listener(path).map_err(failed)?;
-        self.shared.lock().sockets.push(path.into());
+        let mut state = self.shared.lock();
+        if self.shared.stopping.load(Ordering::Acquire) {
+            let _ = std::fs::remove_file(path);
+            return Err(ServerError::Stopped);
+        }
+        // From here on a stop removes it.
+        state.sockets.push(path.into());
+        drop(state);
         let accept = |listener: &UnixListener| listener.accept().map(|(one, _)| Socket::Unix(one));
         self.listen(listener, accept).map_err(failed)
     }
@@ -261,7 +272,8 @@ impl Shared {
     fn serve(&self, seat: &Seat, stream: &Arc<Stream>) -> io::Result<()> {
         let deadline = Instant::now() + Duration::from_secs(NEGOTIATION_SECONDS_MAX);
         stream.set_deadline(Some(deadline))?;
-        let Some((name, device, terms)) = self.negotiate(stream)? else { return Ok(()) };
+        let Some(chosen) = self.negotiate(stream)? else { return Ok(()) };
+        let Chosen { name, device, terms } = chosen;
         stream.set_deadline(None)?;
         let mut state = self.lock();
         // It may have been removed, or the server stopped, in between.
@@ -276,7 +288,7 @@ impl Shared {
         Connection::serve(stream.clone(), device, terms)
     }
 
-    fn negotiate(&self, stream: &Stream) -> io::Result<Option<(String, Arc<dyn Device>, Terms)>> {
+    fn negotiate(&self, stream: &Stream) -> io::Result<Option<Chosen>> {
         let mut negotiation = Negotiation::new(self.tls.is_some());
         stream.send(&Negotiation::greeting())?;
         let mut flags = [0; 4];
@@ -309,9 +321,7 @@ impl Shared {
                     negotiation.secured();
                 }
                 (Next::Option | Next::StartTls, _) => {}
-                (Next::Transmit { name, device, terms }, _) => {
-                    return Ok(Some((name, device, terms)));
-                }
+                (Next::Transmit(chosen), _) => return Ok(Some(chosen)),
                 (Next::End, _) => return Ok(None),
             }
         }

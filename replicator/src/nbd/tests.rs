@@ -102,7 +102,7 @@ proptest! {
             let next = negotiation.option(option, &data, &One, &mut out);
             prop_assert!(out.len() <= 4096 + OPTION_BYTES_MAX as usize);
             match next {
-                Next::Transmit { .. } => prop_assert!(!tls, "without TLS"),
+                Next::Transmit(_) => prop_assert!(!tls, "without TLS"),
                 Next::Option | Next::StartTls => prop_assert!(!out.is_empty()),
                 Next::End => {}
             }

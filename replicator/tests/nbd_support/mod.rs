@@ -80,12 +80,17 @@ impl Device for FileDevice {
 /// A client that says what it is told to: simple replies, no checks.
 pub struct RawClient {
     pub socket: UnixStream,
+    /// What the server said of the export.
     pub flags: u16,
+    /// Of the requests that follow.
+    pub command_flags: u16,
 }
 
 pub const READ: u16 = 0;
 pub const WRITE: u16 = 1;
 pub const FLUSH: u16 = 3;
+/// A flag.
+pub const FUA: u16 = 1;
 
 impl RawClient {
     /// Past the handshake, by the oldest way.
@@ -102,12 +107,12 @@ impl RawClient {
         socket.write_all(&hello)?;
         let mut export = [0; 10];
         socket.read_exact(&mut export)?;
-        Ok(Self { socket, flags: u16::from_be_bytes([export[8], export[9]]) })
+        Ok(Self { socket, flags: u16::from_be_bytes([export[8], export[9]]), command_flags: 0 })
     }
 
     pub fn send(&mut self, kind: u16, cookie: u64, offset: u64, bytes: u32) -> io::Result<()> {
         let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
-        request.extend(0u16.to_be_bytes());
+        request.extend(self.command_flags.to_be_bytes());
         request.extend(kind.to_be_bytes());
         request.extend(cookie.to_be_bytes());
         request.extend(offset.to_be_bytes());
