@@ -12,6 +12,7 @@ use secondsite_control::api::{
 use secondsite_control::ca::Authority;
 use secondsite_control::clock::{Clock, SystemClock};
 use secondsite_control::pki::{self, Identity, Role};
+use secondsite_tracker::ebpf::Ebpf;
 use secondsite_tracker::freeze::Freezer;
 use secondsite_tracker::splice::Splicer;
 use std::fs::File;
@@ -109,7 +110,7 @@ impl InProcess {
         let config = SourceConfig {
             identity: Arc::new(identity),
             machine: MACHINE,
-            pin_dir: self.folder.join("pins"),
+            pin_dir: pins(),
             filter_dir: self.filter_dir.clone(),
             memory_bytes: MEMORY_BYTES,
             workers: 2,
@@ -197,7 +198,18 @@ impl Drop for InProcess {
         if let Some(target) = self.target.take() {
             target.stop();
         }
+        for volume in &self.assignment.volumes {
+            // Pinned or not: the test is over.
+            let _ = Ebpf::remove_pins(&pins().join(&volume.id));
+        }
+        let _ = std::fs::remove_dir(pins());
+        let _ = std::fs::remove_dir("/sys/fs/bpf/secondsite");
     }
+}
+
+/// Where this process pins what follows its volumes.
+fn pins() -> PathBuf {
+    format!("/sys/fs/bpf/secondsite/test-{}", std::process::id()).into()
 }
 
 /// Certificates of both sides, in their folders.

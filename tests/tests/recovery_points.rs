@@ -1,7 +1,7 @@
 //! Several hundred recovery points of a device that is written all the time: old ones, new ones, one
 //! with a name, and those that thinning has just left are opened over NBD by a client of the field,
 //! and each must be byte for byte the device at its cut. The target is killed meanwhile, as a
-//! process of its own; its retention clock counts a minute for each second.
+//! process of its own; its retention clock counts 150 seconds for each.
 
 use secondsite::target::retention::RetentionClock;
 use secondsite_control::api::{KeepPolicy, TrackerChoice};
@@ -12,6 +12,7 @@ use secondsite_tests::load::Aligned;
 use secondsite_tests::random::Random;
 use secondsite_tests::site::{InProcess, make_identities, start_target, target_assignment};
 use secondsite_tests::{soak, wait_until};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -27,8 +28,8 @@ const BLOCK_BYTES: usize = 4096;
 const BLOCKS: u64 = VOLUME_BYTES / BLOCK_BYTES as u64;
 const SERVER: &str = "db1";
 /// Seconds of the retention clock for each.
-const RATE: u64 = 60;
-/// All for an hour (a minute here), then one per 5 minutes (5 s) for another half.
+const RATE: u64 = 150;
+/// All for an hour (24 s here), then one per 5 minutes (2 s) for another half (12 s).
 const KEEP: KeepPolicy = KeepPolicy { fine_seconds: 90 * 60, coarse_seconds: 95 * 60 };
 const PATIENCE: Duration = Duration::from_secs(60);
 /// In the environment of the process that is the target: its folder, device and address.
@@ -124,6 +125,7 @@ struct Points {
     folder: PathBuf,
     models: BTreeMap<String, Model>,
     client: BlockingClient,
+    checked: Cell<u32>,
 }
 
 impl Points {
@@ -169,6 +171,7 @@ impl Points {
             );
         }
         std::fs::remove_file(&image).expect("removed");
+        self.checked.set(self.checked.get() + 1);
     }
 
     fn open_and_check(&self, point: &str, why: &str) {
@@ -211,16 +214,22 @@ fn every_kept_point_is_the_device_at_its_cut() {
         stamp: 0,
     };
     let client = BlockingClient::local(&api(folder)).expect("a client");
-    let mut points = Points { folder: folder.to_owned(), models: BTreeMap::new(), client };
+    let mut points = Points {
+        folder: folder.to_owned(),
+        models: BTreeMap::new(),
+        client,
+        checked: Cell::new(0),
+    };
 
-    let span = Duration::from_secs(u64::from(soak(110, 900)));
+    let span = Duration::from_secs(u64::from(soak(75, 900)));
     let begun = Instant::now();
-    let (mut made, mut kills, mut most, mut least) = (0u32, 0, 0, usize::MAX);
+    let (mut made, mut cuts, mut kills, mut most, mut least) = (0u32, 0, 0, 0, usize::MAX);
     let mut named = None;
     let mut held: Option<OpenedPoint> = None;
     while begun.elapsed() < span {
         writer.burst(&mut random);
         // Nothing is written while it is cut: the point is the device as it is now.
+        cuts += 1;
         if let Ok((point, true)) = site.cut_point() {
             points.models.insert(point, Arc::new(writer.model.clone()));
             made += 1;
@@ -250,7 +259,7 @@ fn every_kept_point_is_the_device_at_its_cut() {
             let known = listed.iter().rfind(|point| points.models.contains_key(*point));
             held = known.and_then(|point| points.open(point).ok());
         }
-        if random.below(60) == 0 {
+        if random.below(130) == 0 {
             drop(target);
             target = start();
             kills += 1;
@@ -266,8 +275,11 @@ fn every_kept_point_is_the_device_at_its_cut() {
         }
     }
     let listed = points.listed();
-    let gone = points.models.len() - listed.len();
-    eprintln!("{made} points made, at most {most} at a time, {gone} gone, {kills} kills");
+    let gone = points.models.keys().filter(|point| !listed.contains(point)).count();
+    let (now, checked) = (listed.len(), points.checked.get());
+    eprintln!(
+        "{made} exact points made, {cuts} cuts, from {least} to {most} at a time, {now} now, {gone} gone, {kills} kills, {checked} opened and compared"
+    );
     assert!(most >= 200, "only {most} points were kept at a time");
     assert!(gone > 0, "nothing was thinned");
     let opened = points.open("before-the-upgrade").expect("a named point stays");
