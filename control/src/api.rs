@@ -228,7 +228,7 @@ pub struct TargetServer {
     /// False after `unprotect` or revocation: no session, replica and points stay.
     pub active: bool,
     /// Which recovery points to keep; none: as few as there can be.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep: Option<KeepPolicy>,
     /// Its volumes.
     pub volumes: Vec<TargetVolume>,

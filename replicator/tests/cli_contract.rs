@@ -43,7 +43,7 @@ fn wrong_usage_exits_64() {
         &["protect", "db1", "--volumes", "all", "--block-size", "2MiB"],
         &["protect", "db1", "--volumes", "all", "--rpo", "30"],
         &["protect", "db1", "--volumes", "all", "--rpo", "0s"],
-        &["protect", "db1", "--volumes", "all", "--keep", "1h"],
+        &["protect", "db1", "--volumes", "all", "--keep", "soon"],
         &["protect", "db1", "--volumes", "all,/dev/sda"],
         &["protect", "../etc", "--volumes", "all"],
         &["token", "--ttl", "2h"],

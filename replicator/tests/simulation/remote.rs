@@ -18,7 +18,7 @@ use secondsite::target::site::{Site, SiteConfig};
 use secondsite::target::state::EpochFacts;
 use secondsite::target::store::Store;
 use secondsite::target::view::View;
-use secondsite_control::api::{TargetAssignment, TargetServer, TargetVolume};
+use secondsite_control::api::{KeepPolicy, TargetAssignment, TargetServer, TargetVolume};
 use secondsite_format::extent::Content;
 use secondsite_format::frame::Frame;
 use secondsite_format::ids::{CutId, ServerId, VolumeId};
@@ -97,6 +97,9 @@ impl Store for Disks {
     }
 }
 
+/// How much older points become every five seconds of the world, seconds.
+const AGE_S: u64 = 900;
+
 /// What was seen of a volume.
 #[derive(Default)]
 struct Seen {
@@ -120,6 +123,7 @@ struct Seen {
 
 pub struct State {
     pub site: Option<Arc<Site>>,
+    clock: Arc<RetentionClock>,
     store: Disks,
     /// Older states of all disks.
     snapshots: Vec<BTreeMap<VolumeId, MemoryDisk>>,
@@ -145,6 +149,8 @@ pub struct Remote {
     volumes: usize,
     /// Sizes of the volumes when they were protected.
     assigned: Vec<usize>,
+    /// Which points stay.
+    keep: Mutex<Option<KeepPolicy>>,
     state: Mutex<State>,
 }
 
@@ -152,6 +158,8 @@ impl Remote {
     pub fn new(world: &Arc<World>) -> Arc<Self> {
         let assigned: Vec<usize> = world.state().disks.iter().map(|disk| disk.data.len()).collect();
         let volumes = assigned.len();
+        let keep = KeepPolicy { fine_seconds: 2 * 3600, coarse_seconds: 6 * 3600 };
+        let keep = Mutex::new(world.chance(50).then_some(keep));
         Arc::new_cyclic(|me: &std::sync::Weak<Self>| {
             let me = me.clone();
             let watch: Watch = Arc::new(move |access: &Access<'_>| {
@@ -161,8 +169,10 @@ impl Remote {
                 world: world.clone(),
                 volumes,
                 assigned,
+                keep,
                 state: Mutex::new(State {
                     site: None,
+                    clock: Arc::default(),
                     store: Disks { disks: Arc::default(), watch },
                     snapshots: Vec::new(),
                     wires: BTreeMap::new(),
@@ -202,7 +212,7 @@ impl Remote {
             id: SERVER.to_string(),
             name: "server".into(),
             machine: "08".repeat(32),
-            keep: None,
+            keep: *self.keep.lock().unwrap(),
             active: true,
             volumes: (0..self.volumes).map(volume).collect(),
         };
@@ -258,12 +268,15 @@ impl Remote {
             reserve_bytes: 0,
             memory_bytes: 4 << 20,
             verify,
-            clock: Arc::new(RetentionClock::standing()),
+            clock: Arc::default(),
         };
+        let clock = Arc::new(RetentionClock::standing());
+        let config = SiteConfig { clock: clock.clone(), ..config };
         self.world.note("target starts", &[]);
         let site = Arc::new(Site::new(config, self.assignment(), Box::new(|| {})));
         let mut state = self.state();
         state.site = Some(site);
+        state.clock = clock;
         state.incarnation += 1;
     }
 
@@ -366,8 +379,11 @@ impl Remote {
         if now >= state.retry_at {
             state.retry_at = now + Duration::from_secs(5);
             let site = state.site.clone();
+            // Points grow old by leaps.
+            state.clock.advance(AGE_S);
             drop(state);
             if let Some(site) = site {
+                site.look_after(SERVER);
                 site.try_again();
             }
         }
@@ -580,6 +596,14 @@ impl Remote {
         state.seen[volume].tampered = true;
         let disk = state.store.disks.lock().unwrap()[&volume_id(volume)].clone();
         disk.damage("replica.img", offset);
+    }
+
+    /// From now on the replica volume is the newest point.
+    pub fn keep_the_newest_alone(&self) {
+        *self.keep.lock().unwrap() = None;
+        let site = self.state().site.clone().expect("it runs");
+        site.assign(self.assignment());
+        site.look_after(SERVER);
     }
 
     /// The committed state as it is now, read anew.

@@ -53,6 +53,8 @@ fn verify_finds_damage_and_nothing_else() {
         rig.calm();
         rig.cut();
         rig.work_off();
+        rig.remote.keep_the_newest_alone();
+        rig.work_off();
         rig.remote.tamper(1, 7 * BLOCK + 5);
         assert_eq!(rig.verify(), [0, BLOCK as u64], "seed {seed}");
     }
