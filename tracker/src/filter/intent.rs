@@ -312,6 +312,11 @@ impl Intent {
         }
     }
 
+    /// Whether somebody waits.
+    pub fn has_queue(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// Whether it has failed.
     pub fn has_failed(&self) -> bool {
         self.failed
