@@ -48,6 +48,17 @@ impl InProcess {
         tracker: TrackerChoice,
         filter_dir: &Path,
     ) -> Self {
+        Self::start_with(folder, devices, tracker, filter_dir, None)
+    }
+
+    /// The same with a reserve for the filter.
+    pub fn start_with(
+        folder: &Path,
+        devices: &[PathBuf],
+        tracker: TrackerChoice,
+        filter_dir: &Path,
+        reserve: Option<&Path>,
+    ) -> Self {
         let authority = Authority::create(&folder.join("ca"), &SystemClock).expect("a CA");
         for (name, role) in
             [("agent", Role::Agent(SERVER.into())), ("target", Role::Target("4".repeat(32)))]
@@ -91,7 +102,7 @@ impl InProcess {
             tracker,
             block_bytes: BLOCK_BYTES,
             excluded: Vec::new(),
-            reserve: None,
+            reserve: reserve.map(|path| path.to_str().expect("UTF-8").into()),
         });
         let assignment = AgentAssignment {
             version: 1,
@@ -128,6 +139,18 @@ impl InProcess {
         source.assign(self.assignment.clone());
         self.source = Some(source);
         self.orders = 0;
+    }
+
+    /// Ends the agent's side.
+    pub fn stop_source(&mut self) {
+        if let Some(source) = self.source.take() {
+            source.stop();
+        }
+    }
+
+    /// Bytes that the agent's side has sent since it was started.
+    pub fn sent_bytes(&self) -> u64 {
+        self.source().report().volumes.iter().map(|volume| volume.sent_bytes).sum()
     }
 
     fn source(&self) -> &Source {
