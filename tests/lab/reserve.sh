@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154 # from guest/run
 # The reserve of filtered volumes: what is refused, what is spilled, what is sent after a power cut,
 # and that a reserve which fails is nobody's error.
-modprobe -a ublk_drv dm-mod ext4
+modprobe -a ublk_drv dm-mod ext4 loop
 a=$(readlink -f /dev/disk/by-id/virtio-a)
 b=$(readlink -f /dev/disk/by-id/virtio-b)
 dir=/run/reserve list=/run/reserve.volumes
@@ -26,6 +26,7 @@ start() {
 check "the filter runs" start
 
 # ---- what is no reserve
+blank() { dd if=/dev/zero of="$b" bs=1M count=1 oflag=direct conv=notrunc status=none; }
 addpart "$a" 1 2048 196608
 addpart "$a" 2 200704 2048
 addpart "$a" 3 204800 16384
@@ -37,13 +38,14 @@ mkdir -p /mnt/b
 mount "$b" /mnt/b
 check "a mounted device" fails_with 'mounted on /mnt/b' add v1 "$b"
 umount /mnt/b
-wipefs -qa "$b"
-printf 'label: gpt\nsize=8MiB\n' | sfdisk -q --no-reread --no-tell-kernel "$b"
+blank
+signature() { printf "$1" | dd of="$b" bs=1 seek="$2" conv=notrunc,fsync status=none; }
+signature 'EFI PART' 512
 check "a partition table" fails_with 'carries a .*partition table' add v1 "$b"
-wipefs -qa "$b"
+signature '\0\0\0\0\0\0\0\0' 512
 pvcreate -qq --config 'devices { use_devicesfile = 0 scan = [ "/dev" ] }' "$b"
 check "a physical volume of LVM" fails_with 'carries an LVM' add v1 "$b"
-wipefs -qa "$b"
+blank
 echo "0 2048 linear $b 0" | dmsetup create --noudevsync held
 check "a device that is held" fails_with 'in use by /dev/mapper/held' add v1 "$b"
 dmsetup remove --noudevsync held
@@ -54,20 +56,21 @@ check "one reserve a server" fails_with 'the reserve of this server is' filter -
 check "taken out again" filter --ask 'remove v0'
 
 # ---- full: each volume takes up to half of what is left
+loops=()
 for n in 1 2 3 4 5; do
     truncate -s 64M "/run/volume$n"
-    losetup "/dev/loop$((n + 10))" "/run/volume$n"
-done 2>/dev/null
+    loops+=("$(losetup -f --show "/run/volume$n")")
+done
 full() {
-    local n
-    for n in 1 2 3 4 5; do
-        filter --ask "add f$n /dev/loop$((n + 10)) f$n 4096 ${a}3" || return
+    local loop
+    for loop in "${loops[@]}"; do
+        filter --ask "add f${loop##*/} $loop f${loop##*/} 4096 ${a}3" || return
     done
 }
 check "full" fails_with 'it is full' full
-for n in 1 2 3 4 5; do
-    filter --ask "remove f$n" >/dev/null 2>&1
-    losetup -d "/dev/loop$((n + 10))"
+for loop in "${loops[@]}"; do
+    filter --ask "remove f${loop##*/}" >/dev/null 2>&1
+    losetup -d "$loop"
 done
 check "nothing is left" sh -c '! ls /dev/ublkb*'
 
@@ -80,8 +83,7 @@ note_lines ' KiB '
 # ---- a reserve that fails
 id=$(filter --status --json | sed -n 's/.*"id": *"\([^"]*\)".*/\1/p')
 check "taken out" filter --ask "remove $id"
-wipefs -qa "$b"
-dd if=/dev/zero of="$b" bs=1M count=1 oflag=direct status=none
+blank
 echo "0 131072 linear $b 0" | dmsetup create --noudevsync reserve
 dmsetup mknodes reserve
 check "added with another" add v9 /dev/mapper/reserve
