@@ -20,7 +20,7 @@ fails_with() { # fails_with TEXT COMMAND...
     ! "$@" >/run/said 2>&1 && cat /run/said && grep -q "$text" /run/said
 }
 start() {
-    secondsite filter --preserve=256KiB --dir "$dir" --list "$list" 2>>/run/reserve.log &
+    secondsite filter --preserve=16KiB --dir "$dir" --list "$list" 2>>/run/reserve.log &
     await 30 filter --ask hello
 }
 check "the filter runs" start

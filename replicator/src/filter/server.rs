@@ -426,6 +426,13 @@ impl Server<'_> {
         failed.iter().for_each(|id| self.forget_reserve(id));
     }
 
+    /// Lets go of reserves that no volume has any more.
+    fn close_reserves(&mut self) {
+        let slots = &self.slots;
+        let used = |path: &PathBuf| slots.iter().any(|slot| slot.entry.reserve.as_ref() == Some(path));
+        self.reserves.retain(|path, _| used(path));
+    }
+
     /// A log that misses writes must not be believed by any later start.
     fn forget_reserve(&self, id: &str) {
         let forgotten = volumes::read(&self.places.list_here()).and_then(|mut entries| {
@@ -473,6 +480,7 @@ impl Server<'_> {
             false
         });
         self.slots = slots;
+        self.close_reserves();
         if changed {
             let entries: Vec<_> = self.slots.iter().map(|slot| slot.entry.clone()).collect();
             if let Err(why) = self.write(&entries) {
@@ -592,7 +600,11 @@ impl Server<'_> {
                     place.insert(Reserve::open(path, &self.machine).map_err(text)?)
                 }
             };
-            reserve.give(&entry.id, bytes, entry.block_bytes).map_err(text)?;
+            let given = reserve.give(&entry.id, bytes, entry.block_bytes).map_err(text);
+            if given.is_err() {
+                self.close_reserves();
+            }
+            given?;
         }
         entries.push(entry);
         self.write(&entries)
