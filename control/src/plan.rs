@@ -214,12 +214,7 @@ impl<'a> Devices<'a> {
     }
 
     /// The device that filters write to besides: nothing that is protected, or used.
-    fn reserve(
-        &self,
-        server: &str,
-        wished: &str,
-        taken: &[Taken],
-    ) -> Result<&'a InventoryDevice> {
+    fn reserve(&self, server: &str, wished: &str, taken: &[Taken]) -> Result<&'a InventoryDevice> {
         let found = self.inventory.iter().find(|d| d.path == wished || d.name == wished);
         let device = found.ok_or_else(|| self.no_such(server, wished))?;
         let refused = |message: String| {

@@ -92,7 +92,8 @@ fn points_spill_and_a_power_cut_sends_little() {
     std::thread::sleep(Duration::from_secs(12));
 
     // Written, and in no point: in some regions of which most have left the list of the active ones.
-    let last: Vec<u64> = (0..regions).map(|region| region * REGION_BYTES + 9 * BLOCK as u64).collect();
+    let last: Vec<u64> =
+        (0..regions).map(|region| region * REGION_BYTES + 9 * BLOCK as u64).collect();
     last.iter().for_each(|at| write(&file, *at, 7));
     drop(file);
     power_cut(&mut site, &dir, &device);
@@ -155,7 +156,9 @@ fn power_cut(site: &mut InProcess, dir: &Path, device: &Path) {
     }
     let mut control = Control::open().expect("the control device");
     wait_until("the filter's devices are gone", Duration::from_secs(60), || {
-        for info in control.devices().map_err(|error| error.to_string())?.iter().filter(|i| is_ours(i)) {
+        for info in
+            control.devices().map_err(|error| error.to_string())?.iter().filter(|i| is_ours(i))
+        {
             let _ = control.stop(info.dev_id);
             control.delete(info.dev_id).map_err(|error| error.to_string())?;
         }
@@ -164,14 +167,16 @@ fn power_cut(site: &mut InProcess, dir: &Path, device: &Path) {
     umount2(dir, MntFlags::MNT_DETACH).expect("its tmpfs");
     let name = device.file_name().expect("a node").to_str().expect("UTF-8");
     let sysfs = PathBuf::from(format!("/sys/class/block/{name}"));
-    let number = |what: &str| std::fs::read_to_string(sysfs.join(what)).expect(what).trim().to_string();
+    let number =
+        |what: &str| std::fs::read_to_string(sysfs.join(what)).expect(what).trim().to_string();
     let (part, start, size) = (number("partition"), number("start"), number("size"));
     let disk = device.to_str().expect("UTF-8").trim_end_matches(part.as_str());
     wait_until("the partition is let go of", Duration::from_secs(60), || {
         let status = Command::new("delpart").args([disk, &part]).status().expect("delpart");
         if status.success() { Ok(()) } else { Err("delpart".into()) }
     });
-    let added = Command::new("addpart").args([disk, &part, &start, &size]).status().expect("addpart");
+    let added =
+        Command::new("addpart").args([disk, &part, &start, &size]).status().expect("addpart");
     assert!(added.success());
     wait_until("its node is there", Duration::from_secs(60), || {
         if device.exists() { Ok(()) } else { Err(device.display().to_string()) }

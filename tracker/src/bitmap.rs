@@ -384,7 +384,8 @@ impl<W: Word> Bitmaps<W> {
     pub fn word(&self, index: usize) -> u64 {
         let Some(taken) = self.taken.get(index) else { return 0 };
         let live = || {
-            let second = self.second.as_ref().map_or(0, |(layer, _)| layer.leaves[index].load(SeqCst));
+            let second =
+                self.second.as_ref().map_or(0, |(layer, _)| layer.leaves[index].load(SeqCst));
             self.first.leaves[index].load(SeqCst) | second
         };
         live() | taken.load(SeqCst) | live()

@@ -157,12 +157,8 @@ fn a_reserve_has_its_golden_bytes() {
         let hex = |row: &[u8]| row.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
         rows.map(|(at, row)| format!("{:04x}: {}\n", at * 16, hex(row))).collect()
     };
-    let text = format!(
-        "superblock\n{}log\n{}bitmap\n{}",
-        rows(&superblock_page),
-        rows(&log),
-        rows(&bits)
-    );
+    let text =
+        format!("superblock\n{}log\n{}bitmap\n{}", rows(&superblock_page), rows(&log), rows(&bits));
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/reserve.hex");
     if std::env::var_os("SECONDSITE_BLESS").is_some() {
         std::fs::write(path, &text).unwrap();

@@ -194,7 +194,8 @@ impl World {
 
     fn admit(&mut self, request: usize) {
         let Some(write) = self.writes[request] else { return };
-        let regions = write.first / REGION_BLOCKS..(write.first + write.count - 1) / REGION_BLOCKS + 1;
+        let regions =
+            write.first / REGION_BLOCKS..(write.first + write.count - 1) / REGION_BLOCKS + 1;
         if self.intent.enter(request, regions) == Entry::Go {
             self.writes[request] = Some(Write { at: At::In, ..write });
             if self.is(Mistake::LeaveAtSubmit) {
@@ -295,7 +296,10 @@ impl World {
             Some(Io::Capture) => bits = self.captured(),
             Some(Io::FlushBacking) => {
                 let needed = self.intent.leaving().next().is_some();
-                if needed && !self.is(Mistake::BackingUnflushed) && !self.flush_is_over(Flush::Batch, true) {
+                if needed
+                    && !self.is(Mistake::BackingUnflushed)
+                    && !self.flush_is_over(Flush::Batch, true)
+                {
                     return;
                 }
             }
@@ -367,7 +371,8 @@ impl World {
         self.records.power_cut(&mut self.random);
         self.pages.power_cut(&mut self.random);
         let (_, active) = self.newest();
-        let mut dirty: BTreeSet<u32> = (0..PAGES).flat_map(|page| self.pages.read(page as usize)).collect();
+        let mut dirty: BTreeSet<u32> =
+            (0..PAGES).flat_map(|page| self.pages.read(page as usize)).collect();
         for region in &active {
             dirty.extend(region * REGION_BLOCKS..(region + 1) * REGION_BLOCKS);
         }

@@ -273,8 +273,7 @@ fn refusal(
     }
     // It is written to: as careful as with a volume.
     if let Some(reserve) = &volume.reserve
-        && !(enrolment.offered.contains(reserve)
-            && inventory::allows(allow, Path::new(reserve)))
+        && !(enrolment.offered.contains(reserve) && inventory::allows(allow, Path::new(reserve)))
     {
         let why = "its reserve was never offered by this agent, or is not in the `allow` list of \
                    agent.toml; neither is opened";

@@ -85,7 +85,9 @@ impl Listed {
                 "reserve {reserve} for preserved blocks; it is written to before its filter is \
                  there: after a reboot all is compared"
             ),
-            "failed" => "the reserve has failed; memory only: after a power cut all is compared".into(),
+            "failed" => {
+                "the reserve has failed; memory only: after a power cut all is compared".into()
+            }
             _ => "memory only: after a power cut all is compared".into(),
         }
     }
@@ -351,7 +353,8 @@ mod tests {
         let volume = listed("volume v1 /dev/sda pg 4096 - none /dev/ublkb0 served").unwrap();
         assert_eq!((volume.id.as_str(), volume.name.as_str()), ("v1", "pg"));
         assert_eq!(volume.device.unwrap(), std::path::Path::new("/dev/ublkb0"));
-        let volume = listed("volume v1 /dev/sda pg 4096 /dev/sdb log - hold /dev/sda: in use").unwrap();
+        let volume =
+            listed("volume v1 /dev/sda pg 4096 /dev/sdb log - hold /dev/sda: in use").unwrap();
         assert_eq!((volume.device, volume.state.as_str()), (None, "hold /dev/sda: in use"));
         for line in ["end", "volume v1 /dev/sda pg", "volume v1 /dev/sda pg x - none - served"] {
             assert_eq!(listed(line), None, "{line}");

@@ -266,9 +266,7 @@ impl Server<'_> {
                 let (gate, log) = (Some(volume.gate), volume.log);
                 Slot { entry, gate, log, served: Some(served), state, missing: false }
             }
-            Err(error) => {
-                Slot::without(entry, error.to_string(), false)
-            }
+            Err(error) => Slot::without(entry, error.to_string(), false),
         }
     }
 
@@ -330,8 +328,8 @@ impl Server<'_> {
         let shared = match found {
             Some(shared) => shared,
             None => {
-                let (shared, _) = Shared::create(&path, form, &self.group)
-                    .map_err(|error| error.to_string())?;
+                let (shared, _) =
+                    Shared::create(&path, form, &self.group).map_err(|error| error.to_string())?;
                 // Nothing was let through yet.
                 let beside = Beside::open(device).map_err(|error| error.to_string())?;
                 beside.rebase(&shared)?;
@@ -429,7 +427,8 @@ impl Server<'_> {
     /// Lets go of reserves that no volume has any more.
     fn close_reserves(&mut self) {
         let slots = &self.slots;
-        let used = |path: &PathBuf| slots.iter().any(|slot| slot.entry.reserve.as_ref() == Some(path));
+        let used =
+            |path: &PathBuf| slots.iter().any(|slot| slot.entry.reserve.as_ref() == Some(path));
         self.reserves.retain(|path, _| used(path));
     }
 

@@ -50,7 +50,10 @@ pub(super) fn show(context: &Context, dir: &Path) -> Result<(), Failure> {
             volume.state.clone(),
         ]
     });
-    output::data(&output::table(&["VOLUME", "NAME", "DEVICE", "BACKING", "KEEPS", "STATE"], rows.collect()));
+    output::data(&output::table(
+        &["VOLUME", "NAME", "DEVICE", "BACKING", "KEEPS", "STATE"],
+        rows.collect(),
+    ));
     Ok(())
 }
 

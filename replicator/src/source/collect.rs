@@ -95,13 +95,11 @@ impl Shipper {
             && let Some(one) = kept.pop()
         {
             let piece = self.volume.shape.piece(one.block, at);
-            shared
-                .read(one, &mut buffer.bytes_mut()[at..at + piece.bytes])
-                .map_err(|error| {
-                    // What is preserved there from now on could not be read either.
-                    shared.reserve_failed();
-                    StepError::GiveUp(format!("the reserve: {error}"))
-                })?;
+            shared.read(one, &mut buffer.bytes_mut()[at..at + piece.bytes]).map_err(|error| {
+                // What is preserved there from now on could not be read either.
+                shared.reserve_failed();
+                StepError::GiveUp(format!("the reserve: {error}"))
+            })?;
             shared.free(one);
             at += block;
             // The filter does not know what is left out.

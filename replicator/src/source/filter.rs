@@ -15,9 +15,7 @@ use secondsite_format::ids::VolumeId;
 use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::Audit;
 use secondsite_tracker::filter::beside::Beside;
-use secondsite_tracker::filter::shared::{
-    Group, ReserveState, Shared, group_path, volume_path,
-};
+use secondsite_tracker::filter::shared::{Group, ReserveState, Shared, group_path, volume_path};
 use secondsite_tracker::marks::Marks;
 use secondsite_tracker::splice::{Below, Lead, PAUSE_MAX, Refusal, Splicer, Through};
 use std::fs::OpenOptions;

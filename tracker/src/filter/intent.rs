@@ -171,7 +171,8 @@ impl Intent {
             Held::Waits if !self.failed => return Entry::Wait,
             _ => {}
         }
-        self.requests[request] = Request { first: regions.start, end: regions.end, held: Held::Waits };
+        self.requests[request] =
+            Request { first: regions.start, end: regions.end, held: Held::Waits };
         if self.failed || regions.len() > self.places.len() {
             // Longer than the device's limits allow: nothing could be said of it.
             self.failed = true;
@@ -236,7 +237,8 @@ impl Intent {
             for region in self.regions(request) {
                 if self.place_of(region).is_none() {
                     let at = self.vacant();
-                    self.places[at] = Place { region, stage: Stage::Joining, writes: 0, used: self.time };
+                    self.places[at] =
+                        Place { region, stage: Stage::Joining, writes: 0, used: self.time };
                 }
             }
             self.composed = at + 1;
@@ -273,7 +275,10 @@ impl Intent {
     pub fn wants_batch(&self) -> bool {
         let wanted = self.queue.front().map_or(0, |head| self.missing(*head));
         let scarce = self.room() < self.places.len().div_ceil(4).max(wanted);
-        !self.batching && !self.failed && scarce && self.places.iter().any(|place| self.is_idle(place))
+        !self.batching
+            && !self.failed
+            && scarce
+            && self.places.iter().any(|place| self.is_idle(place))
     }
 
     /// Begins a batch: the regions that were not written to for the longest time leave, if there

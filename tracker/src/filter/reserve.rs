@@ -147,7 +147,10 @@ impl Superblock {
         match newest {
             Some(found) if found.bytes == bytes => Ok(found.clone()),
             Some(_) => Err(PageError::Damaged),
-            None => both.into_iter().flat_map(Result::err).max_by_key(|error| *error != PageError::Foreign)
+            None => both
+                .into_iter()
+                .flat_map(Result::err)
+                .max_by_key(|error| *error != PageError::Foreign)
                 .map_or(Err(PageError::Foreign), Err),
         }
     }
@@ -196,14 +199,8 @@ impl Superblock {
     /// Gives a volume a part: room for its log, and spill for a quarter of it, but for no more than
     /// half of the largest gap, so that others find room as well.
     pub fn give(&mut self, id: &str, volume_bytes: u64, block_bytes: u32) -> Result<Part, NoPart> {
-        let mut part = Part {
-            id: id.into(),
-            start: 0,
-            bytes: 0,
-            volume_bytes,
-            block_bytes,
-            spill_slots: 0,
-        };
+        let mut part =
+            Part { id: id.into(), start: 0, bytes: 0, volume_bytes, block_bytes, spill_slots: 0 };
         let block = u64::from(block_bytes);
         let places = part.places();
         let least = places.needs(SPILL_BYTES_MIN.div_ceil(block) as u32);
@@ -298,7 +295,8 @@ impl Record {
     pub fn encode(&self, page: &mut [u8]) {
         page.fill(0);
         page[..8].copy_from_slice(LOG);
-        let flags = if self.void { VOID } else { 0 } | if self.compare_due { COMPARE_DUE } else { 0 };
+        let flags =
+            if self.void { VOID } else { 0 } | if self.compare_due { COMPARE_DUE } else { 0 };
         put(page, 8, VERSION.to_le_bytes());
         put(page, 10, flags.to_le_bytes());
         put(page, 12, (self.regions.len() as u32).to_le_bytes());

@@ -263,7 +263,8 @@ impl Shared {
         let file = OpenOptions::new().read(true).write(true).open(path).ok()?;
         let found = form_of(&map(path, &file, 2 * PAGE_WORDS).ok()?)?;
         let whole = map(path, &file, found.words()).ok()?;
-        let slots = Form { memory_slots: found.memory_slots, spill_slots: found.spill_slots, ..form };
+        let slots =
+            Form { memory_slots: found.memory_slots, spill_slots: found.spill_slots, ..form };
         let sound = Header::new(&whole.part(0..HEADER_WORDS)).is_sound();
         (found == slots && sound).then(|| Self::over(found, group, false, &whole))
     }

@@ -14,7 +14,8 @@ use super::memory::Mapping;
 use super::reserve::read;
 use super::{UblkError, discard};
 use crate::filter::intent::{
-    ACTIVE_MAX, BATCH, Entry, Intent, Io, RECORD, REGION_BYTES, places_for, regions_of, request_bytes_max,
+    ACTIVE_MAX, BATCH, Entry, Intent, Io, RECORD, REGION_BYTES, places_for, regions_of,
+    request_bytes_max,
 };
 use crate::filter::reserve::{
     NotedCut, PAGE_BYTES, Part, Places, Record, bits_are_whole, seal_bits,
@@ -119,7 +120,11 @@ impl Log {
             (Ok(record), true) if !record.void => (Found::Memory, record.regions.clone()),
             (_, true) => {
                 let cause = "the log of a volume in use cannot be read";
-                return Err(UblkError::new("use", &reserve.device().path, &io::Error::other(cause)));
+                return Err(UblkError::new(
+                    "use",
+                    &reserve.device().path,
+                    &io::Error::other(cause),
+                ));
             }
             (Ok(record), false) => match believable(record, identity, backing) {
                 Ok(()) => {
@@ -178,9 +183,8 @@ impl Log {
         let _ = self.inner.events.set(events);
         let record_page = Mapping::anonymous(PAGE_BYTES)?;
         let bitmap_pages = Mapping::anonymous(PAGES_AT_ONCE * PAGE_BYTES)?;
-        let builder = |name: &str| {
-            thread::Builder::new().name(name.into()).stack_size(discard::STACK_BYTES)
-        };
+        let builder =
+            |name: &str| thread::Builder::new().name(name.into()).stack_size(discard::STACK_BYTES);
         let (one, other) = (self.inner.clone(), self.inner.clone());
         let threads = [
             builder("log").spawn(move || one.keep_records(record_page))?,
@@ -236,7 +240,11 @@ fn request(lane: usize, tag: u16) -> usize {
 }
 
 /// Whether a log says what may have changed since the target had the volume.
-fn believable(record: &Record, identity: Option<u64>, backing: &Backing) -> Result<(), &'static str> {
+fn believable(
+    record: &Record,
+    identity: Option<u64>,
+    backing: &Backing,
+) -> Result<(), &'static str> {
     // Nobody else holds it now; somebody may have before.
     let written = Written::since_boot(backing.device()).and_then(|written| written.sectors());
     match () {
@@ -426,7 +434,9 @@ impl Inner {
             }
             state.intent.begin_batch();
             pages.clear();
-            pages.extend(state.intent.leaving().map(|region| u64::from(region) / self.places.page_regions));
+            pages.extend(
+                state.intent.leaving().map(|region| u64::from(region) / self.places.page_regions),
+            );
             pages.sort_unstable();
             pages.dedup();
             let leaves = !pages.is_empty();
@@ -452,7 +462,12 @@ impl Inner {
     }
 
     /// All pages, as memory has them now.
-    fn rewrite(&self, buffer: &mut Mapping, pages: &mut Vec<u64>, stale: &mut [bool]) -> io::Result<()> {
+    fn rewrite(
+        &self,
+        buffer: &mut Mapping,
+        pages: &mut Vec<u64>,
+        stale: &mut [bool],
+    ) -> io::Result<()> {
         for from in (0..self.places.pages).step_by(PAGES_AT_ONCE) {
             pages.clear();
             pages.extend(from..(from + PAGES_AT_ONCE as u64).min(self.places.pages));
@@ -508,7 +523,8 @@ impl Inner {
         // As far as it still takes anything: what stands there is not to be believed.
         let Ok(mut page) = Mapping::anonymous(PAGE_BYTES) else { return };
         for number in [number + 1, number + 2] {
-            let record = Record { number, void: true, identity: self.identity, ..Record::default() };
+            let record =
+                Record { number, void: true, identity: self.identity, ..Record::default() };
             record.encode(&mut page.bytes_mut()[..PAGE_BYTES]);
             let at = self.start + number % 2 * PAGE_BYTES as u64;
             let _ = self.reserve.write_pages(&page, PAGE_BYTES, at);
