@@ -325,13 +325,13 @@ FilterFailed "filter-failed" {
 }
 FilterMemoryOnly "filter-memory-only" {
     means: "The filter's marks, and the blocks that it preserves for a cut, are in memory: they outlive its processes and the agent's, and no power cut or reboot.",
-    safe: "All is well. After a power cut or a reboot source and target are compared, and only differences travel.",
+    safe: "All is well, and points are made. After a power cut or a reboot source and target are compared, and only differences travel.",
     remedy: ["with a blank device as reserve they survive: end" => "secondsite unprotect {server}",
              "then" => "secondsite protect {server} --volumes PATH --tracker ublk --reserve DEVICE"],
 }
 FilterReserve "filter-reserve" {
     means: "The filter keeps a write-intent log on a reserve: after a power cut or a reboot only what was being written is sent once more.",
-    safe: "All is well.",
+    safe: "All is well: points are made, and marks survive.",
     remedy: ["on {server}: see it" => "secondsite filter --status"],
 }
 FilterReserveFailed "filter-reserve-failed" {
