@@ -60,8 +60,8 @@ pub struct VolumeAssignment {
     /// Excluded byte ranges (offset, length): swap.
     #[serde(default)]
     pub excluded: Vec<(u64, u64)>,
-    /// Behind a filter: a device of the server where blocks are preserved that memory has no room
-    /// for.
+    /// Behind a filter: a device of the server for blocks that memory has no room to preserve, and
+    /// for marks that outlive a reboot.
     #[serde(default)]
     pub reserve: Option<String>,
 }
@@ -431,7 +431,8 @@ pub struct ProtectRequest {
     pub keep: String,
     /// How to follow.
     pub tracker: TrackerChoice,
-    /// With a filter: a device of the server for what memory has no room to preserve.
+    /// With a filter: a device of the server for blocks that memory has no room to preserve, and for
+    /// marks that outlive a reboot; the same for all its volumes.
     #[serde(default)]
     pub reserve: Option<String>,
     /// Unit of tracking, bytes; none: 4 KiB up to 4 TiB, 16 KiB above.

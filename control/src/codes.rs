@@ -323,6 +323,24 @@ FilterFailed "filter-failed" {
     remedy: ["on {server}: what stands where" => "secondsite filter --status",
              "on {server}: what it says" => "journalctl -u secondsite-filter -n 50"],
 }
+FilterMemoryOnly "filter-memory-only" {
+    means: "The filter's marks, and the blocks that it preserves for a cut, are in memory: they outlive its processes and the agent's, and no power cut or reboot.",
+    safe: "All is well, and points are made. After a power cut or a reboot source and target are compared, and only differences travel.",
+    remedy: ["with a blank device as reserve they survive: end" => "secondsite unprotect {server}",
+             "then" => "secondsite protect {server} --volumes PATH --tracker ublk --reserve DEVICE"],
+}
+FilterReserve "filter-reserve" {
+    means: "The filter keeps a write-intent log on a reserve: after a power cut or a reboot only what was being written is sent once more.",
+    safe: "All is well: points are made, and marks survive.",
+    remedy: ["on {server}: see it" => "secondsite filter --status"],
+}
+FilterReserveFailed "filter-reserve-failed" {
+    means: "The reserve of the filter could not be written or read. The volume goes on without it, in memory only.",
+    safe: "No write has failed. Points are made as before. After a power cut or a reboot source and target are compared.",
+    remedy: ["on {server}: what it says" => "journalctl -u secondsite-filter -n 50",
+             "with another device: end" => "secondsite unprotect {server}",
+             "then" => "secondsite protect {server} --volumes PATH --tracker ublk --reserve DEVICE"],
+}
 TrackerFailed "tracker-failed" {
     means: "The kernel can run the tracker, but attaching it to this device failed.",
     safe: "Nothing of this volume is sent, since unseen writes could not be told. Points that are there stay. It is tried again by itself.",

@@ -26,6 +26,8 @@ const DEPTH_MAX: usize = 16;
 pub(crate) struct Taken {
     pub(crate) name: String,
     pub(crate) path: String,
+    /// The reserve of its filter: a path.
+    pub(crate) reserve: Option<String>,
 }
 
 /// One device that is to be protected.
@@ -42,6 +44,8 @@ pub(crate) struct Chosen {
 pub(crate) struct Plan {
     pub(crate) chosen: Vec<Chosen>,
     pub(crate) left_out: Vec<String>,
+    /// The node of the device that becomes the reserve of all of them.
+    pub(crate) reserve: Option<String>,
 }
 
 /// Plans, or says what is in the way.
@@ -53,10 +57,25 @@ pub(crate) fn plan(
 ) -> Result<Plan> {
     check(request)?;
     let devices = Devices::new(inventory);
+    let reserve = match &request.reserve {
+        Some(wished) => Some(devices.reserve(server, wished, taken)?),
+        None => None,
+    };
+    let reserves = taken.iter().filter_map(|taken| taken.reserve.as_deref());
+    let mut reserves: Vec<&InventoryDevice> = reserves
+        .filter_map(|path| inventory.iter().find(|device| device.path == path))
+        .chain(reserve)
+        .collect();
+    reserves.dedup();
     let (chosen, left_out) = match &request.volumes[..] {
-        [word] if word == "all" => devices.all(taken)?,
+        [word] if word == "all" => devices.all(taken, &reserves)?,
         named => (devices.named(server, named, taken)?, Vec::new()),
     };
+    for device in &chosen {
+        if let Some(reserve) = reserves.iter().find(|r| devices.overlap(&device.name, &r.name)) {
+            return Err(is_reserve(server, device, reserve));
+        }
+    }
     if chosen.is_empty() {
         return Err(Refused::conflict(
             exit::UNAVAILABLE,
@@ -64,7 +83,8 @@ pub(crate) fn plan(
         ));
     }
     let chosen = chosen.into_iter().map(|device| choose(server, device, request));
-    Ok(Plan { chosen: chosen.collect::<Result<_>>()?, left_out })
+    let reserve = reserve.map(|device| device.path.clone());
+    Ok(Plan { chosen: chosen.collect::<Result<_>>()?, left_out, reserve })
 }
 
 fn check(request: &ProtectRequest) -> Result<()> {
@@ -122,7 +142,11 @@ impl<'a> Devices<'a> {
 
     /// Whole devices first, then what lies on those that cannot be taken whole. Loop devices, and
     /// what lies on them, only by name.
-    fn all(&self, taken: &[Taken]) -> Result<(Vec<&'a InventoryDevice>, Vec<String>)> {
+    fn all(
+        &self,
+        taken: &[Taken],
+        reserves: &[&InventoryDevice],
+    ) -> Result<(Vec<&'a InventoryDevice>, Vec<String>)> {
         let is_loop = |name: &str| self.by_name.get(name).is_some_and(|d| d.kind == "loop");
         let mut candidates: Vec<(usize, &InventoryDevice)> = self
             .inventory
@@ -143,6 +167,8 @@ impl<'a> Devices<'a> {
                     left_out.push(format!("{name}: {} is protected already", with.name));
                 }
             } else if chosen.iter().any(|other| self.overlap(name, &other.name)) {
+            } else if let Some(reserve) = reserves.iter().find(|r| self.overlap(name, &r.name)) {
+                left_out.push(format!("{name}: {} is the reserve of the filter", reserve.name));
             } else if device.trackers.is_empty() || device.size_bytes == 0 {
                 left_out.push(format!("{name}: {}", why_refused(device)));
             } else {
@@ -187,6 +213,38 @@ impl<'a> Devices<'a> {
         Ok(chosen)
     }
 
+    /// The device that filters write to besides: nothing that is protected, or used.
+    fn reserve(&self, server: &str, wished: &str, taken: &[Taken]) -> Result<&'a InventoryDevice> {
+        let found = self.inventory.iter().find(|d| d.path == wished || d.name == wished);
+        let device = found.ok_or_else(|| self.no_such(server, wished))?;
+        let refused = |message: String| {
+            Refused::conflict(exit::USAGE, message).hint("--reserve DEVICE, or leave it out")
+        };
+        if let Some(other) = taken.iter().filter_map(|taken| taken.reserve.as_ref()).next()
+            && *other != device.path
+        {
+            return Err(refused(format!("{server} has a reserve already: {other}"))
+                .hint(format!("--reserve {other}")));
+        }
+        if let Some(with) = taken.iter().find(|taken| self.overlap(&device.name, &taken.name)) {
+            return Err(refused(format!(
+                "{} of {server} cannot be the reserve: {} is protected, and one lies on the other",
+                device.path, with.path
+            )));
+        }
+        if !device.used_by.is_empty() || device.size_bytes == 0 {
+            let why = match device.used_by.as_str() {
+                "" => "it has no size".into(),
+                used_by => format!("it is in use: {used_by}"),
+            };
+            return Err(refused(format!(
+                "{} of {server} cannot be the reserve: {why}",
+                device.path
+            )));
+        }
+        Ok(device)
+    }
+
     fn no_such(&self, server: &str, name: &str) -> Refused {
         let mut paths: Vec<&str> = self.inventory.iter().map(|d| d.path.as_str()).collect();
         paths.sort_unstable();
@@ -203,6 +261,16 @@ fn overlapping(server: &str, device: &InventoryDevice, taken: &Taken) -> Refused
         format!("{path} of {server} overlaps {}, which is protected already", taken.path)
     };
     Refused::conflict(exit::USAGE, message).hint(format!("secondsite status {server}"))
+}
+
+fn is_reserve(server: &str, device: &InventoryDevice, reserve: &InventoryDevice) -> Refused {
+    let (path, of) = (&device.path, &reserve.path);
+    let message = if path == of {
+        format!("{path} of {server} cannot be protected: it is the reserve of the filter")
+    } else {
+        format!("{path} of {server} and {of}, the reserve of the filter, lie one on the other")
+    };
+    Refused::conflict(exit::USAGE, message).hint("name another device")
 }
 
 fn why_refused(device: &InventoryDevice) -> String {
@@ -237,16 +305,9 @@ fn choose(server: &str, device: &InventoryDevice, request: &ProtectRequest) -> R
                 .hint("--tracker auto"));
         }
     };
-    if let Some(reserve) = &request.reserve {
-        if tracker != "ublk" {
-            let message =
-                format!("--reserve is for a filter, and {path} of {server} has {tracker}");
-            return Err(Refused::conflict(exit::USAGE, message).hint("--tracker ublk"));
-        }
-        if reserve == path {
-            let message = format!("{path} cannot be its own reserve");
-            return Err(Refused::conflict(exit::USAGE, message).hint("--reserve DEVICE"));
-        }
+    if request.reserve.is_some() && tracker != "ublk" {
+        let message = format!("--reserve is for a filter, and {path} of {server} has {tracker}");
+        return Err(Refused::conflict(exit::USAGE, message).hint("--tracker ublk"));
     }
     let swap: &[_] = if request.include_swap { &[] } else { &device.swap };
     let block_bytes = request.block_bytes.unwrap_or(match device.size_bytes {

@@ -47,7 +47,7 @@ fn machine() -> Vec<InventoryDevice> {
 }
 
 fn taken(name: &str) -> Taken {
-    Taken { name: name.to_owned(), path: format!("/dev/{name}") }
+    Taken { name: name.to_owned(), path: format!("/dev/{name}"), reserve: None }
 }
 
 fn names(plan: &Plan) -> Vec<&str> {
@@ -132,4 +132,49 @@ fn swap_is_shipped_on_request() {
     let request = ProtectRequest { include_swap: true, ..request(&["sda"]) };
     let plan = plan("db1", &machine(), &[], &request).unwrap();
     assert!(plan.chosen[0].excluded.is_empty() && plan.chosen[0].planned.skipped_swap.is_empty());
+}
+
+#[test]
+fn a_reserve_is_a_device_that_nothing_else_is_on() {
+    let mut inventory = machine();
+    for at in [2, 3, 4] {
+        inventory[at].trackers.push("ublk".to_owned());
+    }
+    let mut sdc = device("sdc", "disk", "");
+    sdc.trackers.push("ublk".to_owned());
+    inventory.push(sdc);
+    inventory.push(device("sdd", "disk", ""));
+    let with = |volumes: &[&str], reserve: &str| ProtectRequest {
+        tracker: TrackerChoice::Ublk,
+        reserve: Some(reserve.to_owned()),
+        ..request(volumes)
+    };
+    let said = |inventory: &[InventoryDevice], taken: &[Taken], request: &ProtectRequest| {
+        let refused = plan("db1", inventory, taken, request).unwrap_err();
+        refused.problem().message.clone()
+    };
+    let good = plan("db1", &inventory, &[], &with(&["sdc"], "sdd")).unwrap();
+    assert_eq!((names(&good), good.reserve.as_deref()), (vec!["sdc"], Some("/dev/sdd")));
+
+    let none = said(&inventory, &[], &with(&["sdc"], "/dev/none"));
+    assert!(none.contains("has offered no device"), "{none}");
+    for (volume, reserve) in [("sdc", "sdc"), ("sda", "vg0/root"), ("sda1", "sda")] {
+        let own = said(&inventory, &[], &with(&[volume], reserve));
+        assert!(own.contains("reserve of the filter"), "{volume} {reserve}: {own}");
+    }
+    let on_taken = said(&inventory, &[taken("sda")], &with(&["sdc"], "vg0/root"));
+    assert!(on_taken.contains("sda is protected"), "{on_taken}");
+    let with_reserve = |reserve: &str| Taken { reserve: Some(reserve.into()), ..taken("sda") };
+    let second = said(&inventory, &[with_reserve("/dev/loop3")], &with(&["sdc"], "sdd"));
+    assert!(second.contains("a reserve already: /dev/loop3"), "{second}");
+    plan("db1", &inventory, &[with_reserve("/dev/sdd")], &with(&["sdc"], "sdd")).unwrap();
+    let reused = said(&inventory, &[with_reserve("/dev/sdd")], &request(&["sdd"]));
+    assert!(reused.contains("it is the reserve"), "{reused}");
+    let beside = ProtectRequest { tracker: TrackerChoice::Ebpf, ..with(&["sdc"], "sdd") };
+    assert!(said(&inventory, &[], &beside).contains("--reserve is for a filter"));
+    let all = plan("db1", &inventory, &[with_reserve("/dev/sdd")], &request(&["all"])).unwrap();
+    assert!(!names(&all).contains(&"sdd"), "{:?}", names(&all));
+    inventory.last_mut().unwrap().used_by = "mounted on /srv".to_owned();
+    let used = said(&inventory, &[], &with(&["sdc"], "sdd"));
+    assert!(used.contains("in use: mounted on /srv"), "{used}");
 }

@@ -171,6 +171,10 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
+fn says_all_is_well(code: Reason) -> bool {
+    matches!(code, Reason::FilterMemoryOnly | Reason::FilterReserve)
+}
+
 fn newest_exact<'a>(known: &Known<'a>) -> Option<&'a PointReport> {
     known.points.iter().rev().find(|point| point.consistency != "fuzzy").copied()
 }
@@ -307,15 +311,21 @@ fn following(
             .iter()
             .filter_map(|volume| {
                 let agent = volume.agent?;
-                let said =
-                    if agent.reason.is_empty() { &agent.tracker_reason } else { &agent.reason };
+                let tracker = match agent.tracker_code {
+                    Some(code) if says_all_is_well(code) => "",
+                    _ => agent.tracker_reason.as_str(),
+                };
+                let said = if agent.reason.is_empty() { tracker } else { &agent.reason };
                 (!said.is_empty()).then(|| format!("{}: {said}", volume.name))
             })
             .collect();
         if said.is_empty() { fallback.to_owned() } else { said.join("; ") }
     };
     let code = |fallback| {
-        let tracker = |volume: &&KnownVolume<'_>| volume.agent.and_then(|agent| agent.tracker_code);
+        let tracker = |volume: &&KnownVolume<'_>| {
+            let code = volume.agent.and_then(|agent| agent.tracker_code);
+            code.filter(|code| !says_all_is_well(*code))
+        };
         let first = protected.iter().find_map(|volume| volume.code());
         first.or_else(|| protected.iter().find_map(tracker)).unwrap_or(fallback)
     };

@@ -51,11 +51,22 @@ impl InProcess {
         tracker: TrackerChoice,
         filter_dir: &Path,
     ) -> Self {
+        Self::start_with(folder, devices, tracker, filter_dir, None)
+    }
+
+    /// The same with a reserve for the filter.
+    pub fn start_with(
+        folder: &Path,
+        devices: &[PathBuf],
+        tracker: TrackerChoice,
+        filter_dir: &Path,
+        reserve: Option<&Path>,
+    ) -> Self {
         make_identities(folder);
         let assignment = target_assignment(devices, None);
         let target = start_target(folder, "127.0.0.1:0", assignment, Arc::default());
-        let address = target.listening();
-        Self::start_source_of(folder, devices, tracker, filter_dir, address, Some(target))
+        let (address, target) = (target.listening(), Some(target));
+        Self::start_source_of(folder, devices, tracker, filter_dir, reserve, address, target)
     }
 
     /// Protects these devices, with a target that somebody else runs.
@@ -65,7 +76,7 @@ impl InProcess {
         tracker: TrackerChoice,
         target: SocketAddr,
     ) -> Self {
-        Self::start_source_of(folder, devices, tracker, Path::new("/nowhere"), target, None)
+        Self::start_source_of(folder, devices, tracker, Path::new("/nowhere"), None, target, None)
     }
 
     fn start_source_of(
@@ -73,6 +84,7 @@ impl InProcess {
         devices: &[PathBuf],
         tracker: TrackerChoice,
         filter_dir: &Path,
+        reserve: Option<&Path>,
         address: SocketAddr,
         target: Option<Target>,
     ) -> Self {
@@ -84,7 +96,7 @@ impl InProcess {
             tracker,
             block_bytes: BLOCK_BYTES,
             excluded: Vec::new(),
-            reserve: None,
+            reserve: reserve.map(|path| path.to_str().expect("UTF-8").into()),
         });
         let assignment = AgentAssignment {
             version: 1,
@@ -121,6 +133,18 @@ impl InProcess {
         source.assign(self.assignment.clone());
         self.source = Some(source);
         self.orders = 0;
+    }
+
+    /// Ends the agent's side.
+    pub fn stop_source(&mut self) {
+        if let Some(source) = self.source.take() {
+            source.stop();
+        }
+    }
+
+    /// Bytes that the agent's side has sent since it was started.
+    pub fn sent_bytes(&self) -> u64 {
+        self.source().report().volumes.iter().map(|volume| volume.sent_bytes).sum()
     }
 
     fn source(&self) -> &Source {

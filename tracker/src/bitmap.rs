@@ -379,6 +379,18 @@ impl<W: Word> Bitmaps<W> {
         taken + self.cut().map_or(0, |cut| self.count_of(cut, false))
     }
 
+    /// One word of all three: what is live, taken, or in the cut layer. Bits may move between them
+    /// meanwhile, but only one way; that way is looked along twice.
+    pub fn word(&self, index: usize) -> u64 {
+        let Some(taken) = self.taken.get(index) else { return 0 };
+        let live = || {
+            let second =
+                self.second.as_ref().map_or(0, |(layer, _)| layer.leaves[index].load(SeqCst));
+            self.first.leaves[index].load(SeqCst) | second
+        };
+        live() | taken.load(SeqCst) | live()
+    }
+
     /// Whether a block of the run is live, taken or in the cut layer.
     pub fn holds(&self, run: BlockRun) -> bool {
         let layers = self.second.as_ref().map(|(second, _)| second);

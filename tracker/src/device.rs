@@ -119,6 +119,35 @@ impl Device {
         below
     }
 
+    /// A digest of what the hardware, or who made it, says of the device, its place and its size:
+    /// the same after a reboot, whatever its node is called then. None if nothing tells it from
+    /// others.
+    pub fn hardware(&self) -> Option<u64> {
+        let disk = self.disk_sysfs();
+        let names = [
+            "wwid",
+            "device/wwid",
+            "serial",
+            "device/serial",
+            "uuid",
+            "dm/uuid",
+            "md/uuid",
+            "loop/backing_file",
+        ];
+        let mut said = String::new();
+        for name in names {
+            let text = fs::read_to_string(disk.join(name)).unwrap_or_default();
+            if !text.trim().is_empty() {
+                said += &format!("{name} {}\n", text.trim());
+            }
+        }
+        if said.is_empty() {
+            return None;
+        }
+        said += &format!("{} {}", self.disk_offset_bytes, self.size_bytes);
+        Some(xxhash_rust::xxh3::xxh3_64(said.as_bytes()))
+    }
+
     /// Its own folder in sysfs.
     pub(crate) fn sysfs(&self) -> PathBuf {
         sysfs_of(self.major, self.minor)

@@ -11,6 +11,8 @@
 
 pub mod beside;
 pub mod gate;
+pub mod intent;
 mod keeper;
 mod mapped;
+pub mod reserve;
 pub mod shared;

@@ -188,6 +188,11 @@ impl<'a, W: Word> Header<'a, W> {
         self.0[AT_COMPARE_DUE].store(u64::from(due), Release);
     }
 
+    /// Another number with each change of the cut.
+    pub fn cut_selector(&self) -> u64 {
+        self.0[CUT.selector].load(Acquire)
+    }
+
     /// The cut slot that counts. Panics on a state that [`Self::is_sound`] would have refused.
     pub fn cut(&self) -> CutSlot {
         let [epoch, id_low, id_high, state, acknowledged, ack_low, ack_high, _] = CUT.read(self.0);

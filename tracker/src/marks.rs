@@ -295,6 +295,23 @@ impl<W: Word> Marks<W> {
         self.bitmaps.holds(run)
     }
 
+    /// Words of what is live, taken, or in the cut layer, from a word on: what a start after this
+    /// moment would have to know. Another process may change the cut meanwhile.
+    pub(crate) fn words(&self, first: usize, out: &mut [u8]) {
+        loop {
+            // Within one state of the cut bits move one way: from live to taken and out of there
+            // while it stands, back to live while it does not.
+            let before = self.header().cut_selector();
+            for (index, word) in out.chunks_exact_mut(8).enumerate() {
+                word.copy_from_slice(&self.bitmaps.word(first + index).to_le_bytes());
+            }
+            W::fence(Ordering::SeqCst);
+            if self.header().cut_selector() == before {
+                return;
+            }
+        }
+    }
+
     /// Whether the marks may be incomplete, so that source and target must be compared. True after
     /// a fresh start; survives the process.
     pub fn compare_due(&self) -> bool {

@@ -2,7 +2,8 @@
 //! around it.
 //!
 //! [`control`] makes devices, takes them over and removes them; [`backing`] opens what is written to
-//! and says which limits it has; [`queue`] carries requests down and answers up; [`device`] puts
+//! and says which limits it has; [`reserve`] is where blocks are
+//! preserved beyond memory, and where a [`log`] makes marks outlive a reboot; [`queue`] carries requests down and answers up; [`device`] puts
 //! them together. The devices outlive the process that serves them: with user recovery and reissue
 //! I/O waits while it is away, and what was on its way is issued again.
 
@@ -11,13 +12,17 @@ pub mod backing;
 pub mod control;
 pub mod device;
 mod discard;
+pub mod log;
 mod memory;
 mod preserve;
 mod queue;
+pub mod reserve;
 
 pub use backing::Backing;
 pub use control::Control;
 pub use device::{Options, Served, Volume};
+pub use log::Log;
+pub use reserve::Reserve;
 
 use std::io;
 use std::path::{Path, PathBuf};

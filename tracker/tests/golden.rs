@@ -125,3 +125,90 @@ fn the_bits_stand_in_their_order() {
     marks.take(u64::MAX, &mut Vec::new());
     assert_eq!((values(live), values(taken)), (vec![0; 192], due));
 }
+
+/// A superblock, a record and a page of the bitmap, with a value of its own in every field.
+#[test]
+fn a_reserve_has_its_golden_bytes() {
+    use secondsite_tracker::filter::reserve::{
+        NotedCut, PAGE_BYTES, PageError, Record, Superblock, bits_are_whole, seal_bits,
+    };
+    let mut superblock = Superblock::new(64 << 20, "0123456789abcdef0123456789abcdef");
+    let first = superblock.give("22222222222222222222222222222222", 1 << 40, 4096).unwrap();
+    let second = superblock.give("data.1", 96 << 20, 65536).unwrap();
+    assert!(first.start + first.bytes <= second.start && second.spill_slots > 16);
+    superblock.number = 7;
+    let record = Record {
+        number: 8,
+        void: false,
+        compare_due: true,
+        identity: 0x0102_0304_0506_0708,
+        cut: NotedCut { cut: (9, [0xc1; 16]), stood: true, acknowledged: (8, [0xa1; 16]) },
+        regions: vec![0, 3, 0x0102_0304],
+    };
+    let mut log = [0; PAGE_BYTES];
+    record.encode(&mut log);
+    let mut bits = [0; PAGE_BYTES];
+    bits[..3].copy_from_slice(&[1, 0x80, 0xff]);
+    seal_bits(&mut bits, 5);
+    let superblock_page = superblock.encode();
+    // What is not zero, by where it is.
+    let rows = |page: &[u8]| -> String {
+        let rows = page.chunks(16).enumerate().filter(|(_, row)| row.iter().any(|b| *b != 0));
+        let hex = |row: &[u8]| row.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
+        rows.map(|(at, row)| format!("{:04x}: {}\n", at * 16, hex(row))).collect()
+    };
+    let text =
+        format!("superblock\n{}log\n{}bitmap\n{}", rows(&superblock_page), rows(&log), rows(&bits));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/reserve.hex");
+    if std::env::var_os("SECONDSITE_BLESS").is_some() {
+        std::fs::write(path, &text).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), text, "the bytes changed");
+
+    // Read back, each in its own place only, and with no byte changed.
+    let blank = [0; PAGE_BYTES];
+    let pair = |one: &[u8], other: &[u8]| [one, other].concat();
+    let read = |pages: &[u8]| Superblock::decode(pages, 64 << 20);
+    assert_eq!(read(&pair(&blank, &superblock_page)), Ok(superblock));
+    assert_eq!(read(&pair(&superblock_page, &blank)), Err(PageError::Damaged));
+    assert_eq!(read(&pair(&blank, &blank)), Err(PageError::Foreign));
+    assert_eq!(Record::decode(&pair(&log, &blank)), Ok(record.clone()));
+    assert_eq!(Record::decode(&pair(&blank, &blank)), Err(PageError::Foreign));
+    let mut next = [0; PAGE_BYTES];
+    Record { number: 9, ..record.clone() }.encode(&mut next);
+    assert_eq!(Record::decode(&pair(&log, &next)).unwrap().number, 9);
+    for at in 0..PAGE_BYTES {
+        let mut torn = next;
+        torn[at] ^= 1;
+        let found = Record::decode(&pair(&log, &torn));
+        assert!(matches!(found, Ok(Record { number: 8, .. }) | Err(PageError::Newer(_))), "{at}");
+        let (mut torn, mut bits) = (superblock_page, bits);
+        torn[at] ^= 1;
+        bits[at] ^= 1;
+        assert!(read(&pair(&blank, &torn)).is_err() && !bits_are_whole(&bits, 5), "{at}");
+    }
+    assert!(bits_are_whole(&bits, 5) && !bits_are_whole(&bits, 6));
+}
+
+#[test]
+fn a_reserve_is_shared_until_it_is_full() {
+    use secondsite_tracker::filter::reserve::{NoPart, Superblock};
+    let mut small = Superblock::new(1 << 20, "");
+    assert!(matches!(small.give("v", 1 << 30, 4096), Err(NoPart::TooSmall(_))));
+    let mut reserve = Superblock::new(16 << 20, "");
+    let mut given = Vec::new();
+    let full = loop {
+        match reserve.give(&format!("v{}", given.len()), 1 << 30, 4096) {
+            Ok(part) => given.push(part),
+            Err(why) => break why,
+        }
+    };
+    assert!(matches!(full, NoPart::Full(_)) && given.len() >= 3, "{full} after {}", given.len());
+    given.sort_by_key(|part| part.start);
+    for pair in given.windows(2) {
+        assert!(pair[0].start + pair[0].bytes <= pair[1].start);
+    }
+    // What is given back is given again.
+    reserve.parts.retain(|part| part.id != "v1");
+    assert!(reserve.give("again", 1 << 30, 4096).is_ok());
+}

@@ -35,9 +35,14 @@ pub(super) async fn protect(
     let taken: Vec<Taken> = known
         .iter()
         .filter(|volume| volume.state == VolumeState::Protected)
-        .map(|volume| Taken { name: volume.name.clone(), path: volume.path.clone() })
+        .map(|volume| Taken {
+            name: volume.name.clone(),
+            path: volume.path.clone(),
+            reserve: volume.reserve.clone(),
+        })
         .collect();
     let mut plan = plan::plan(&name, &server.inventory()?, &taken, &request)?;
+    let request = ProtectRequest { reserve: plan.reserve.clone(), ..request };
     for chosen in &mut plan.chosen {
         let volume = take_up(&mut tx, &server, &known, chosen, &request).await?;
         servers::put_volume(&mut tx, &volume).await?;

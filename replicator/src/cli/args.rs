@@ -216,6 +216,10 @@ pub struct ProtectArgs {
     /// How writes are followed
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: Tracker,
+    /// With a filter: a blank device of the server for what memory has no room for, and for marks
+    /// that outlive a reboot. All that is on it is lost
+    #[arg(long, value_name = "DEVICE")]
+    pub reserve: Option<String>,
     /// Unit of tracking, a power of two [default: 4KiB up to 4 TiB, 16KiB above]
     #[arg(long, value_name = "SIZE", value_parser = block_size)]
     pub block_size: Option<u32>,

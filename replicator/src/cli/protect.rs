@@ -27,8 +27,7 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
         goal_seconds: args.rpo,
         keep: args.keep.clone(),
         tracker: args.tracker.into(),
-        // Nothing is preserved beyond memory yet.
-        reserve: None,
+        reserve: args.reserve.clone(),
         block_bytes: args.block_size,
         include_swap: args.include_swap,
         dry_run: args.dry_run,
@@ -44,6 +43,9 @@ pub(super) fn protect(context: &Context, args: &ProtectArgs) -> Result<(), Failu
         }));
     } else {
         output::data(&plan(&reply, args.dry_run));
+        if let Some(reserve) = &args.reserve {
+            output::data(&format!("  reserve: {reserve}   what it holds is overwritten\n"));
+        }
     }
     if args.wait {
         return wait(context, &operator, &args.server);

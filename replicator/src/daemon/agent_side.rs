@@ -271,6 +271,14 @@ fn refusal(
         let why = "this agent never offered this device; it is not opened";
         return Some((Reason::DeviceNotOffered, why));
     }
+    // It is written to: as careful as with a volume.
+    if let Some(reserve) = &volume.reserve
+        && !(enrolment.offered.contains(reserve) && inventory::allows(allow, Path::new(reserve)))
+    {
+        let why = "its reserve was never offered by this agent, or is not in the `allow` list of \
+                   agent.toml; neither is opened";
+        return Some((Reason::DeviceNotAllowed, why));
+    }
     (!inventory::allows(allow, Path::new(&volume.path))).then_some((
         Reason::DeviceNotAllowed,
         "not in the `allow` list of agent.toml; it is not opened",

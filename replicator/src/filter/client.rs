@@ -67,10 +67,30 @@ pub struct Listed {
     pub block_bytes: u32,
     /// Where preserved blocks go when memory is full.
     pub reserve: Option<PathBuf>,
+    /// `none`; `spill`: only for those; `log`: its marks survive a power cut as well; `failed`.
+    pub reserve_state: String,
     /// Its device, if it is there.
     pub device: Option<PathBuf>,
     /// `served`, or what is wrong.
     pub state: String,
+}
+
+impl Listed {
+    /// Whether what it has preserved and marked survives a power cut.
+    pub fn survives(&self) -> String {
+        let reserve = self.reserve.as_deref().unwrap_or(Path::new("-")).display().to_string();
+        match self.reserve_state.as_str() {
+            "log" => format!("reserve {reserve}: marks survive a power cut"),
+            "spill" => format!(
+                "reserve {reserve} for preserved blocks; it is written to before its filter is \
+                 there: after a reboot all is compared"
+            ),
+            "failed" => {
+                "the reserve has failed; memory only: after a power cut all is compared".into()
+            }
+            _ => "memory only: after a power cut all is compared".into(),
+        }
+    }
 }
 
 /// The socket of a filter whose tmpfs is this folder.
@@ -243,7 +263,7 @@ fn change<T>(
 
 /// From the words of a line of the list.
 fn listed(line: &str) -> Option<Listed> {
-    let mut words = line.splitn(8, ' ');
+    let mut words = line.splitn(9, ' ');
     if words.next()? != "volume" {
         return None;
     }
@@ -255,6 +275,7 @@ fn listed(line: &str) -> Option<Listed> {
         name: word()?.into(),
         block_bytes: word()?.parse().ok()?,
         reserve: path(word()?),
+        reserve_state: word()?.into(),
         device: path(word()?),
         state: word()?.into(),
     })
@@ -329,12 +350,13 @@ mod tests {
 
     #[test]
     fn a_line_of_the_list() {
-        let volume = listed("volume v1 /dev/sda pg 4096 - /dev/ublkb0 served").unwrap();
+        let volume = listed("volume v1 /dev/sda pg 4096 - none /dev/ublkb0 served").unwrap();
         assert_eq!((volume.id.as_str(), volume.name.as_str()), ("v1", "pg"));
         assert_eq!(volume.device.unwrap(), std::path::Path::new("/dev/ublkb0"));
-        let volume = listed("volume v1 /dev/sda pg 4096 /dev/sdb - hold /dev/sda: in use").unwrap();
+        let volume =
+            listed("volume v1 /dev/sda pg 4096 /dev/sdb log - hold /dev/sda: in use").unwrap();
         assert_eq!((volume.device, volume.state.as_str()), (None, "hold /dev/sda: in use"));
-        for line in ["end", "volume v1 /dev/sda pg", "volume v1 /dev/sda pg x - - served"] {
+        for line in ["end", "volume v1 /dev/sda pg", "volume v1 /dev/sda pg x - none - served"] {
             assert_eq!(listed(line), None, "{line}");
         }
     }

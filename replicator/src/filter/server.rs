@@ -16,11 +16,17 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use secondsite_tracker::device::Device;
 use secondsite_tracker::filter::beside::Beside;
 use secondsite_tracker::filter::gate::{Bug, Gate, NotCut};
-use secondsite_tracker::filter::shared::{Form, Group, Shared, group_path, volume_path};
+use secondsite_tracker::filter::reserve::{Part, owner_text};
+use secondsite_tracker::filter::shared::{
+    Form, Group, ReserveState, Shared, group_path, volume_path,
+};
 use secondsite_tracker::ublk::abi::{DeviceInfo, STATE_DEAD};
 use secondsite_tracker::ublk::device::{DEPTH, is_ours, mark_of, node_of, queues_for};
-use secondsite_tracker::ublk::{Backing, Control, Options, Served, UblkError, Volume};
-use std::collections::{BTreeMap, BTreeSet};
+use secondsite_tracker::ublk::log::Found;
+use secondsite_tracker::ublk::{
+    Backing, Control, Log, Options, Reserve, Served, UblkError, Volume,
+};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,14 +41,17 @@ const NAMES: &str = "/dev/secondsite";
 /// holds it until its last request has come back.
 const BUSY_PATIENCE: Duration = Duration::from_secs(30);
 const BUSY_POLL: Duration = Duration::from_millis(1);
-/// How often a device that is not there yet is looked for.
-const MISSING_POLL: Duration = Duration::from_secs(1);
+/// How often a device that is not there yet is looked for, and whether a reserve has failed.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long a reserve may take to appear when the machine starts.
+const RESERVE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What became of an entry.
 struct Slot {
     entry: Entry,
     /// Who decides on its writes, once its backing device could be had.
     gate: Option<Arc<Gate>>,
+    log: Option<Arc<Log>>,
     served: Option<Served>,
     /// `served`, or what is wrong.
     state: String,
@@ -50,12 +59,23 @@ struct Slot {
     missing: bool,
 }
 
+impl Slot {
+    fn without(entry: Entry, state: String, missing: bool) -> Self {
+        Self { entry, gate: None, log: None, served: None, state, missing }
+    }
+
+    fn reserve(&self) -> ReserveState {
+        self.gate.as_ref().map_or(ReserveState::None, |gate| gate.shared().reserve())
+    }
+}
+
 /// A server from its start to its end.
 pub(super) struct Server<'a> {
     places: &'a Places,
     control: Control,
     slots: Vec<Slot>,
-    reserves: BTreeMap<PathBuf, Arc<Backing>>,
+    reserves: BTreeMap<PathBuf, Reserve>,
+    machine: String,
     group: Group,
     preserve_bytes: u64,
     bug: Option<Bug>,
@@ -87,7 +107,10 @@ pub(super) fn run(
     let (slots, reserves) = (Vec::new(), BTreeMap::new());
     let bug = args.mistake.as_deref().map(mistake).transpose()?;
     let preserve_bytes = args.preserve;
-    let mut server = Server { places, control, slots, reserves, group, preserve_bytes, bug };
+    let machine = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let machine = owner_text(&machine);
+    let mut server =
+        Server { places, control, slots, reserves, machine, group, preserve_bytes, bug };
     let options = Options { reissue: !args.no_reissue, queues: args.queues };
     server.start(entries, options)?;
     // Nobody reads it after the first: no keeper, or one that knows.
@@ -96,7 +119,9 @@ pub(super) fn run(
 
     let mut speaker = Speaker::new(listener);
     loop {
-        let wait = server.slots.iter().any(|slot| slot.missing).then_some(MISSING_POLL);
+        server.look_at_reserves();
+        let looks = |slot: &Slot| slot.missing || slot.entry.reserve.is_some();
+        let wait = server.slots.iter().any(looks).then_some(LOOK_EVERY);
         match speaker.listen(&signals, wait, |line| server.answer(line)) {
             Heard::Signal | Heard::Change => return Ok(()),
             Heard::Nothing => {
@@ -185,7 +210,7 @@ impl Server<'_> {
         let shape = (info.nr_hw_queues, info.queue_depth);
         let volume = match self.volume(&entry, backing, shape, &mut state) {
             Ok(volume) => volume,
-            Err(state) => return Slot { entry, gate: None, served: None, state, missing: false },
+            Err(state) => return Slot::without(entry, state, false),
         };
         let served = match Served::recover(&mut self.control, &volume, info, queue_failed) {
             Ok(served) => Some(served),
@@ -200,7 +225,7 @@ impl Server<'_> {
             state = format!("served, without a name: {error}");
         }
         let gate = volume.backing.is_some().then_some(volume.gate);
-        Slot { entry, gate, served, state, missing: false }
+        Slot { entry, gate, log: volume.log, served, state, missing: false }
     }
 
     fn add(&mut self, entry: Entry, options: Options) -> Slot {
@@ -208,7 +233,7 @@ impl Server<'_> {
             Ok(backing) => backing,
             Err(error) => {
                 let state = error.to_string();
-                return Slot { entry, gate: None, served: None, state, missing: true };
+                return Slot::without(entry, state, true);
             }
         };
         let note = identity(backing.device());
@@ -219,7 +244,7 @@ impl Server<'_> {
         let shape = (queues, DEPTH);
         let volume = match self.volume(&entry, Some(Arc::new(backing)), shape, &mut state) {
             Ok(volume) => volume,
-            Err(state) => return Slot { entry, gate: None, served: None, state, missing: false },
+            Err(state) => return Slot::without(entry, state, false),
         };
         let (path, names) = (self.note_of(&entry.id), self.places.dir.join("names"));
         let line = format!("SECONDSITE_NAME={}\n", entry.name);
@@ -238,13 +263,10 @@ impl Server<'_> {
                 if let Err(error) = self.name(&entry.name, served.number) {
                     state = format!("served, without a name: {error}");
                 }
-                let gate = Some(volume.gate);
-                Slot { entry, gate, served: Some(served), state, missing: false }
+                let (gate, log) = (Some(volume.gate), volume.log);
+                Slot { entry, gate, log, served: Some(served), state, missing: false }
             }
-            Err(error) => {
-                let state = error.to_string();
-                Slot { entry, gate: None, served: None, state, missing: false }
-            }
+            Err(error) => Slot::without(entry, error.to_string(), false),
         }
     }
 
@@ -255,55 +277,171 @@ impl Server<'_> {
         (queues, depth): (u16, u16),
         state: &mut String,
     ) -> Result<Volume, String> {
-        let reserve = entry.reserve.as_ref().and_then(|path| match self.reserves.get(path) {
-            Some(reserve) => Some(reserve.clone()),
-            None => match Backing::open(path) {
-                Ok(reserve) => {
-                    let reserve = Arc::new(reserve);
-                    self.reserves.insert(path.clone(), reserve.clone());
-                    Some(reserve)
-                }
-                Err(error) => {
-                    *state = format!("{state}, without its reserve: {error}");
-                    None
-                }
-            },
-        });
-        let shared = match &backing {
-            Some(backing) => self.shared(entry, backing)?,
+        let Some(backing) = backing else {
             // Every request fails before it is looked at.
-            None => {
-                let form = form(4096, 4096, 0, 4096);
-                Shared::in_memory(form, &self.group, false, &Shared::heap(&form))
-            }
+            let form = form(4096, 4096, 0, 4096);
+            let shared = Shared::in_memory(form, &self.group, false, &Shared::heap(&form));
+            let gate = Gate::with_bug(Arc::new(shared), queues.into(), depth.into(), self.bug);
+            let (id, gate) = (entry.id.clone(), Arc::new(gate));
+            return Ok(Volume { id, backing: None, reserve: None, gate, log: None });
         };
-        let gate = Gate::with_bug(Arc::new(shared), queues.into(), depth.into(), self.bug);
-        let gate = Arc::new(gate);
-        Ok(Volume { id: entry.id.clone(), backing, reserve, gate })
+        let (shared, reserve, log) = self.shared(entry, &backing, state)?;
+        let gate = Gate::with_bug(shared, queues.into(), depth.into(), self.bug);
+        let (id, gate, log) = (entry.id.clone(), Arc::new(gate), log.map(Arc::new));
+        Ok(Volume { id, backing: Some(backing), reserve, gate, log })
     }
 
-    /// What is shared with the agent: what is there, if it is of this very device.
-    fn shared(&self, entry: &Entry, backing: &Backing) -> Result<Shared, String> {
+    /// What is shared with the agent: what is there, if it is of this very device; and the volume's
+    /// part of the reserve.
+    fn shared(
+        &mut self,
+        entry: &Entry,
+        backing: &Arc<Backing>,
+        state: &mut String,
+    ) -> Result<(Arc<Shared>, Option<Arc<Backing>>, Option<Log>), String> {
         let path = volume_path(&self.places.dir, &entry.id);
         let folder = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(folder)
             .map_err(|error| format!("create {}: {error}", folder.display()))?;
         let device = backing.device();
         let number = u64::from(device.major) << 20 | u64::from(device.minor);
-        let form = form(
+        let mut form = form(
             device.size_bytes,
             entry.block_bytes,
             number << 32 | device.diskseq & u64::from(u32::MAX),
             self.preserve_bytes,
         );
-        let (shared, adopted) =
-            Shared::create(&path, form, &self.group).map_err(|error| error.to_string())?;
-        if !adopted {
-            // Nothing was let through yet.
-            let beside = Beside::open(device).map_err(|error| error.to_string())?;
-            beside.rebase(&shared)?;
+        let found = Shared::find(&path, form, &self.group);
+        // As it was when this boot began with it: a reserve that failed is not used again.
+        let usable = found.as_ref().is_none_or(|shared| {
+            matches!(shared.reserve(), ReserveState::Spill | ReserveState::Log)
+        });
+        let mut part = None;
+        if let Some(reserve) = entry.reserve.as_ref().filter(|_| usable) {
+            match self.part(entry, reserve, device.size_bytes) {
+                Ok(found) => part = Some(found),
+                Err(why) => *state = format!("{state}, without its reserve: {why}"),
+            }
         }
-        Ok(shared)
+        let adopted = found.is_some();
+        form.spill_slots = part.as_ref().map_or(0, |(part, _)| part.spill_slots);
+        let shared = match found {
+            Some(shared) => shared,
+            None => {
+                let (shared, _) =
+                    Shared::create(&path, form, &self.group).map_err(|error| error.to_string())?;
+                // Nothing was let through yet.
+                let beside = Beside::open(device).map_err(|error| error.to_string())?;
+                beside.rebase(&shared)?;
+                shared
+            }
+        };
+        let shared = Arc::new(shared);
+        let Some((part, reserve)) = part else {
+            if entry.reserve.is_some() {
+                shared.reserve_failed();
+                // Before a write: at the next boot its log would be believed.
+                self.forget_reserve(&entry.id);
+            }
+            return Ok((shared, None, None));
+        };
+        if !adopted {
+            shared.take_part(&part, Log::is_of_use(backing));
+        }
+        if shared.reserve() != ReserveState::Log {
+            return Ok((shared, Some(reserve), None));
+        }
+        match Log::open(&part, &reserve, backing, &shared, adopted) {
+            Ok(log) => {
+                match log.found {
+                    Found::Memory => {}
+                    Found::Log { in_doubt, dirty } => say(&format!(
+                        "volume {}: its log is whole: {in_doubt} blocks are in doubt, and {dirty} \
+                         were written and not committed; nothing else is sent",
+                        entry.id
+                    )),
+                    Found::Nothing(why) => {
+                        say(&format!("volume {}: all of it is compared: {why}", entry.id));
+                    }
+                }
+                Ok((shared, Some(reserve), Some(log)))
+            }
+            Err(error) => {
+                *state = format!("{state}, without its reserve: {error}");
+                shared.reserve_failed();
+                shared.marks().set_compare_due(true);
+                self.forget_reserve(&entry.id);
+                Ok((shared, None, None))
+            }
+        }
+    }
+
+    /// A volume's part of its reserve: what it has there, else a new one.
+    fn part(
+        &mut self,
+        entry: &Entry,
+        path: &Path,
+        volume_bytes: u64,
+    ) -> Result<(Part, Arc<Backing>), String> {
+        if !self.reserves.contains_key(path) {
+            let end = Instant::now() + RESERVE_PATIENCE;
+            let reserve = loop {
+                match Reserve::open(path, &self.machine) {
+                    // Not there yet, or a server before has not let go of it.
+                    Err(error)
+                        if (error.errno == libc::EBUSY || !path.exists())
+                            && Instant::now() < end =>
+                    {
+                        std::thread::sleep(BUSY_POLL);
+                    }
+                    opened => break opened.map_err(|error| error.to_string())?,
+                }
+            };
+            self.reserves.insert(path.to_path_buf(), reserve);
+        }
+        let reserve = self.reserves.get_mut(path).expect("just opened");
+        let part = match reserve.part(&entry.id, volume_bytes, entry.block_bytes) {
+            Some(part) => part.clone(),
+            None => reserve
+                .give(&entry.id, volume_bytes, entry.block_bytes)
+                .map_err(|error| error.to_string())?,
+        };
+        Ok((part, reserve.backing().clone()))
+    }
+
+    /// Reserves that have failed since it was looked last: their volumes go on without.
+    fn look_at_reserves(&mut self) {
+        let mut failed = Vec::new();
+        for slot in &mut self.slots {
+            let gone = slot.gate.is_some() && slot.reserve() == ReserveState::Failed;
+            if gone && let Some(path) = slot.entry.reserve.take() {
+                let what = format!("its reserve {} has failed", path.display());
+                slot.state = format!("{}, {what}: after a power cut all is compared", slot.state);
+                say(&format!("volume {}: {what}", slot.entry.id));
+                failed.push(slot.entry.id.clone());
+            }
+        }
+        failed.iter().for_each(|id| self.forget_reserve(id));
+    }
+
+    /// Lets go of reserves that no volume has any more.
+    fn close_reserves(&mut self) {
+        let slots = &self.slots;
+        let used =
+            |path: &PathBuf| slots.iter().any(|slot| slot.entry.reserve.as_ref() == Some(path));
+        self.reserves.retain(|path, _| used(path));
+    }
+
+    /// A log that misses writes must not be believed by any later start.
+    fn forget_reserve(&self, id: &str) {
+        let forgotten = volumes::read(&self.places.list_here()).and_then(|mut entries| {
+            let entry = entries.iter_mut().filter(|entry| entry.id == id);
+            entry.for_each(|entry| entry.reserve = None);
+            self.write(&entries)
+        });
+        if let Err(why) = forgotten {
+            say(&why);
+        }
     }
 
     /// Takes out what shall go and is used by nobody; the rest stays, and says why.
@@ -329,6 +467,11 @@ impl Server<'_> {
             let _ = fs::remove_file(self.places.dir.join(format!("names/ublkb{number}")));
             drop(held);
             let removed = slot.served.take().map(|served| served.remove(&mut self.control));
+            slot.log = None;
+            let reserve = slot.entry.reserve.as_ref().and_then(|path| self.reserves.get_mut(path));
+            if let Some(Err(error)) = reserve.map(|reserve| reserve.take_back(&slot.entry.id)) {
+                say(&format!("volume {}: its part of the reserve stays: {error}", slot.entry.id));
+            }
             if let Some(Err(error)) = removed {
                 say(&format!("remove /dev/ublkb{number}: {error}"));
             }
@@ -336,6 +479,7 @@ impl Server<'_> {
             false
         });
         self.slots = slots;
+        self.close_reserves();
         if changed {
             let entries: Vec<_> = self.slots.iter().map(|slot| slot.entry.clone()).collect();
             if let Err(why) = self.write(&entries) {
@@ -406,7 +550,11 @@ impl Server<'_> {
             let gate = slot.and_then(|slot| slot.gate.as_ref());
             gates.push(gate.ok_or_else(|| format!("volume {id} is not served"))?.as_ref());
         }
-        Gate::cut(&self.group, gates.iter().copied()).map_err(|error: NotCut| error.to_string())
+        let flip = Gate::cut(&self.group, gates.iter().copied())
+            .map_err(|error: NotCut| error.to_string())?;
+        let cut = self.slots.iter().filter(|slot| ids.contains(&slot.entry.id.as_str()));
+        cut.filter_map(|slot| slot.log.as_ref()).for_each(|log| log.note());
+        Ok(flip)
     }
 
     /// Takes a new volume into the list, if it can be served.
@@ -430,23 +578,32 @@ impl Server<'_> {
         let backing = Backing::open(&entry.backing).map_err(text)?;
         on_no_filter(&entry.backing, backing.device(), &BTreeSet::new())?;
         if let Some(path) = &entry.reserve {
-            let opened;
-            let reserve = match self.reserves.get(path) {
-                Some(reserve) => reserve.device(),
-                None => {
-                    let devices = entries.iter().map(|other| &other.backing);
-                    let mut filtered: BTreeSet<_> = devices
-                        .filter_map(|path| Device::open(path).ok())
-                        .map(|device| (device.major, device.minor))
-                        .collect();
-                    filtered.insert((backing.device().major, backing.device().minor));
-                    let device = Device::open(path).map_err(|error| error.to_string())?;
-                    on_no_filter(path, &device, &filtered)?;
-                    opened = Backing::open(path).map_err(text)?;
-                    opened.device()
+            if let Some(other) = entries.iter().filter_map(|other| other.reserve.as_ref()).next()
+                && other != path
+            {
+                return Err(format!("the reserve of this server is {}", other.display()));
+            }
+            let devices = entries.iter().map(|other| &other.backing);
+            let mut filtered: BTreeSet<_> = devices
+                .filter_map(|path| Device::open(path).ok())
+                .map(|device| (device.major, device.minor))
+                .collect();
+            filtered.insert((backing.device().major, backing.device().minor));
+            let device = Device::open(path).map_err(|error| error.to_string())?;
+            on_no_filter(path, &device, &filtered)?;
+            // What a volume of this name had is nobody's any more.
+            let bytes = backing.device().size_bytes;
+            let reserve = match self.reserves.entry(path.clone()) {
+                btree_map::Entry::Occupied(opened) => opened.into_mut(),
+                btree_map::Entry::Vacant(place) => {
+                    place.insert(Reserve::open(path, &self.machine).map_err(text)?)
                 }
             };
-            on_no_filter(path, reserve, &BTreeSet::new())?;
+            let given = reserve.give(&entry.id, bytes, entry.block_bytes).map_err(text);
+            if given.is_err() {
+                self.close_reserves();
+            }
+            given?;
         }
         entries.push(entry);
         self.write(&entries)
@@ -520,5 +677,11 @@ fn shown(slot: &Slot) -> String {
         Some(served) => node_of(served.number).display().to_string(),
         None => "-".into(),
     };
-    format!("volume {} {device} {}", slot.entry.words(), slot.state)
+    let reserve = match slot.reserve() {
+        ReserveState::None => "none",
+        ReserveState::Spill => "spill",
+        ReserveState::Log => "log",
+        ReserveState::Failed => "failed",
+    };
+    format!("volume {} {reserve} {device} {}", slot.entry.words(), slot.state)
 }

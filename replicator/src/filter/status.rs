@@ -46,10 +46,14 @@ pub(super) fn show(context: &Context, dir: &Path) -> Result<(), Failure> {
             format!("/dev/secondsite/{}", volume.name),
             path(volume.device.as_deref()),
             path(Some(&volume.backing)),
+            volume.survives(),
             volume.state.clone(),
         ]
     });
-    output::data(&output::table(&["VOLUME", "NAME", "DEVICE", "BACKING", "STATE"], rows.collect()));
+    output::data(&output::table(
+        &["VOLUME", "NAME", "DEVICE", "BACKING", "KEEPS", "STATE"],
+        rows.collect(),
+    ));
     Ok(())
 }
 

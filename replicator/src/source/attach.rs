@@ -105,7 +105,8 @@ fn choose(
         match behind_filter(assigned, device, places) {
             Ok(filter) => {
                 remove_pins(pins);
-                return Ok((Chosen::Filter(Arc::new(filter)), None));
+                let keeps = filter.keeps();
+                return Ok((Chosen::Filter(Arc::new(filter)), keeps));
             }
             Err(why) if wanted => return Err(why),
             Err((_, why)) => no_filter = Some(why),

@@ -67,6 +67,10 @@ impl Shipper {
         if !over {
             return Ok(Some(Duration::ZERO));
         }
+        // Else a power cut after the commit would leave the target with a cut that nobody knows.
+        if !shared.is_noted(marks.cut().cut_id) {
+            return Ok(Some(SETTLE_EVERY));
+        }
         marks.collected();
         self.barrier()?;
         Ok(None)
@@ -91,9 +95,11 @@ impl Shipper {
             && let Some(one) = kept.pop()
         {
             let piece = self.volume.shape.piece(one.block, at);
-            shared
-                .read(one, &mut buffer.bytes_mut()[at..at + piece.bytes])
-                .map_err(|error| StepError::GiveUp(format!("the reserve: {error}")))?;
+            shared.read(one, &mut buffer.bytes_mut()[at..at + piece.bytes]).map_err(|error| {
+                // What is preserved there from now on could not be read either.
+                shared.reserve_failed();
+                StepError::GiveUp(format!("the reserve: {error}"))
+            })?;
             shared.free(one);
             at += block;
             // The filter does not know what is left out.

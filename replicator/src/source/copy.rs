@@ -107,6 +107,9 @@ impl Shipper {
                 for (offset, bytes) in &encoded.unreadable {
                     // Left out here, tried again as part of epoch 1.
                     mark_all(volume.marks(), &[volume.shape.run(*offset, *bytes)]);
+                    if let Some(shared) = volume.tracker.filtered() {
+                        shared.marked_beside();
+                    }
                 }
                 if let Some((body, _)) = encoded.body {
                     let header = FrameHeader {

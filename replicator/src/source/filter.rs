@@ -15,9 +15,11 @@ use secondsite_format::ids::VolumeId;
 use secondsite_tracker::device::Device;
 use secondsite_tracker::ebpf::Audit;
 use secondsite_tracker::filter::beside::Beside;
-use secondsite_tracker::filter::shared::{Group, Shared, group_path, volume_path};
+use secondsite_tracker::filter::shared::{Group, ReserveState, Shared, group_path, volume_path};
 use secondsite_tracker::marks::Marks;
 use secondsite_tracker::splice::{Below, Lead, PAUSE_MAX, Refusal, Splicer, Through};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -37,6 +39,8 @@ pub struct FilterTracker {
     path: PathBuf,
     /// Of a volume that the filter was put under: that it still leads through it.
     through: Option<Mutex<Through>>,
+    /// Whether what it has in memory survives a power cut: why not, if it does not.
+    keeps: NotAttached,
 }
 
 /// Finds the filter of a volume, or has it made; puts it under a volume of device-mapper.
@@ -75,7 +79,21 @@ pub fn behind_filter(
         through = Some(Mutex::new(looks.ok_or_else(why)?));
     }
     let (shared, path) = (Arc::new(shared), device.path.clone());
-    Ok(FilterTracker { shared, beside, backing, path, through })
+    let keeps = keeps(assigned, &listed);
+    Ok(FilterTracker { shared, beside, backing, path, through, keeps })
+}
+
+/// What becomes of the marks in a power cut, for people.
+fn keeps(assigned: &VolumeAssignment, listed: &Listed) -> NotAttached {
+    let text = listed.survives();
+    match (listed.reserve_state.as_str(), &assigned.reserve) {
+        ("log", _) => (Reason::FilterReserve, text),
+        ("spill", _) | ("none", None) => (Reason::FilterMemoryOnly, text),
+        (_, reserve) => {
+            let which = reserve.as_deref().unwrap_or("its reserve");
+            (Reason::FilterReserveFailed, format!("{text} ({which})"))
+        }
+    }
 }
 
 fn refused(why: String) -> NotAttached {
@@ -132,6 +150,18 @@ fn serve(
         let group = Group::open(&group_path(dir)).map_err(|error| refused(error.to_string()))?;
         let shared = Shared::open(&volume_path(dir, &assigned.id), &group)
             .map_err(|error| refused(error.to_string()))?;
+        if let Some(reserve) = &listed.reserve {
+            let mut options = OpenOptions::new();
+            options.read(true).custom_flags(libc::O_DIRECT | libc::O_CLOEXEC);
+            match options.open(reserve) {
+                Ok(file) => shared.set_reserve(file),
+                // What is preserved there could not be read.
+                Err(error) => {
+                    tracing::warn!(reserve = %reserve.display(), %error, "open the reserve");
+                    shared.reserve_failed();
+                }
+            }
+        }
         let (served, now) = (shared.form().volume_bytes, backing.size_bytes);
         if served == now {
             return Ok((shared, listed));
@@ -246,6 +276,15 @@ impl Tracker for FilterTracker {
     }
     fn filtered(&self) -> Option<&Arc<Shared>> {
         Some(&self.shared)
+    }
+    fn keeps(&self) -> Option<NotAttached> {
+        Some(match self.shared.reserve() {
+            ReserveState::Failed if self.keeps.0 != Reason::FilterReserveFailed => (
+                Reason::FilterReserveFailed,
+                "its reserve has failed; memory only: after a power cut all is compared".into(),
+            ),
+            _ => self.keeps.clone(),
+        })
     }
 }
 

@@ -530,6 +530,11 @@ impl Round {
             }
         }
         for volume in self.filtered() {
+            if let Some((code, text)) = volume.tracker.keeps() {
+                volume.face.update(|status| {
+                    (status.tracker_code, status.tracker_reason) = (Some(code), text);
+                });
+            }
             if let Audit::Gap(why) = volume.tracker.audit() {
                 volume.marks().set_compare_due(true);
                 volume.face.update(|status| status.audit_gaps += 1);

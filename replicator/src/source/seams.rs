@@ -142,6 +142,10 @@ pub trait Tracker: Send + Sync {
     fn sync(&self, mount: &Path) -> Result<Duration, String>;
     /// Whether writes to the device are in flight now (true when that cannot be told).
     fn writes_in_flight(&self) -> bool;
+    /// Whether what it has in memory survives a power cut, for people.
+    fn keeps(&self) -> Option<(Reason, String)> {
+        None
+    }
     /// What it shares with the filter that the writes go through, if there is one.
     fn filtered(&self) -> Option<&Arc<Shared>> {
         None

@@ -366,6 +366,9 @@ impl Shipper {
     pub(super) fn compare_done(&mut self) {
         // Every block was read since the audit began anew, those that differed are live, and the
         // tracker has marked every write since: live and taken now hold all that the target lacks.
+        if let Some(shared) = self.volume.tracker.filtered() {
+            shared.marked_beside();
+        }
         self.volume.marks().set_compare_due(false);
         self.doubt.clear();
         self.counted = false;

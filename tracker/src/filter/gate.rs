@@ -177,7 +177,8 @@ impl Gate {
 
     /// Where a slot beyond memory lies on the reserve, bytes.
     pub fn spill_offset(&self, slot: u32) -> u64 {
-        self.shared.spill_offset(slot).expect("a slot beyond memory")
+        let offset = self.shared.spill_offset(slot).expect("a slot beyond memory");
+        self.shared.spill_start() + offset
     }
 
     /// The shared memory.

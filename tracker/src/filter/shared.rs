@@ -16,6 +16,11 @@
 //! | 7 | the flip all of whose earlier writes are done |
 //! | 8 | the flip whose cut the filter has given up |
 //! | 9 | why: 1 the area was full, 2 a block could not be preserved |
+//! | 10 | the reserve: 0 none, 1 in use for preserved blocks, 2 also for a write-intent log, 3 it has failed |
+//! | 11 | where the spill slots begin on it, bytes |
+//! | 12 | the cut that the log knows of: lower half of its id |
+//! | 13 | how often the agent has made marks that no write made |
+//! | 14 | up to which of those the log has all marks |
 //! | 64 + 8 a lane | sectors submitted, sectors completed |
 //!
 //! An entry is 0 while its slot is free, all ones while a copy into it is under way, else the
@@ -24,6 +29,7 @@
 
 use crate::bitmap::{Turn, leaf_words, summary_words};
 use crate::filter::mapped::{Mapped, Whole};
+use crate::filter::reserve::Part;
 use crate::header::{HEADER_WORDS, Header};
 use crate::marks::{BlockRun, FilterMemory, Marks, MarksMemory};
 use crate::sync::Memory;
@@ -43,7 +49,7 @@ pub const DEPTH_MAX: usize = 256;
 
 const PAGE_WORDS: usize = 512;
 const GATE: usize = PAGE_WORDS;
-const MAGIC: u64 = u64::from_le_bytes(*b"SSGATE\x01\0");
+const MAGIC: u64 = u64::from_le_bytes(*b"SSGATE\x02\0");
 const GROUP_MAGIC: u64 = u64::from_le_bytes(*b"SSGROU\x01\0");
 const AT_MAGIC: usize = 0;
 const AT_BYTES: usize = 1;
@@ -55,6 +61,11 @@ const AT_TURN: usize = 6;
 const AT_SETTLED: usize = 7;
 const AT_FALLEN: usize = 8;
 const AT_WHY: usize = 9;
+const AT_RESERVE: usize = 10;
+const AT_SPILL: usize = 11;
+const AT_NOTED: usize = 12;
+const AT_BESIDE: usize = 13;
+const AT_BESIDE_NOTED: usize = 14;
 const AT_LANES: usize = 64;
 const LANE_WORDS: usize = 8;
 
@@ -194,9 +205,22 @@ pub struct Shared {
     entries: Memory<AtomicU64>,
     area: Memory<AtomicU64>,
     turn: Turn<AtomicU64>,
-    reserve: OnceLock<(File, u64)>,
+    opened: OnceLock<File>,
     /// The file that is mapped, if it is one: path, device and inode.
     file: Option<(PathBuf, u64, u64)>,
+}
+
+/// What a volume has of a reserve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReserveState {
+    /// None: what is preserved and marked is in memory only.
+    None,
+    /// Blocks are preserved there when memory is full.
+    Spill,
+    /// Besides, marks outlive a reboot.
+    Log,
+    /// It has failed: from then on as if there were none.
+    Failed,
 }
 
 /// What an entry of the area says.
@@ -221,21 +245,28 @@ impl Shared {
         (0..form.words()).map(|_| AtomicU64::new(0)).collect()
     }
 
-    /// As the filter opens it: adopts what is there if it was made for this very volume, else
-    /// makes it anew, with a compare due. True if it was adopted.
+    /// As the filter opens it: adopts what is there if it was made for this very volume, with as
+    /// many slots as it has; else makes it anew, with a compare due. True if it was adopted.
     pub fn create(path: &Path, form: Form, group: &Group) -> Result<(Self, bool), SharedError> {
-        if let Ok(file) = OpenOptions::new().read(true).write(true).open(path)
-            && let Ok(whole) = map(path, &file, form.words())
-            && form_of(&whole) == Some(form)
-            && Header::new(&whole.part(0..HEADER_WORDS)).is_sound()
-        {
-            return Ok((Self::over(form, group, false, &whole), true));
+        if let Some(found) = Self::find(path, form, group) {
+            return Ok((found, true));
         }
         // The agent may still have the old one mapped: it keeps its own file.
         let _ = std::fs::remove_file(path);
         let whole = map(path, &create(path, form.words())?, form.words())?;
         begin(&whole, &form);
         Ok((Self::over(form, group, false, &whole), false))
+    }
+
+    /// What is there, if it was made for this very volume.
+    pub fn find(path: &Path, form: Form, group: &Group) -> Option<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(path).ok()?;
+        let found = form_of(&map(path, &file, 2 * PAGE_WORDS).ok()?)?;
+        let whole = map(path, &file, found.words()).ok()?;
+        let slots =
+            Form { memory_slots: found.memory_slots, spill_slots: found.spill_slots, ..form };
+        let sound = Header::new(&whole.part(0..HEADER_WORDS)).is_sound();
+        (found == slots && sound).then(|| Self::over(found, group, false, &whole))
     }
 
     /// As the agent opens it: what the filter made.
@@ -299,7 +330,7 @@ impl Shared {
             entries: part(entries, form.slots()),
             area: part(area, form.memory_slots as usize * form.block_bytes as usize / 8),
             turn: turn(),
-            reserve: OnceLock::new(),
+            opened: OnceLock::new(),
             file: None,
         }
     }
@@ -369,14 +400,14 @@ impl Shared {
             unsafe { self.slot(kept.slot).copy_to(out.as_mut_ptr(), self.within_block(out)) };
             return Ok(());
         };
-        let Some((reserve, start)) = self.reserve.get() else {
+        let Some(reserve) = self.opened.get() else {
             return Err(io::Error::other("it was never opened"));
         };
         // Its direct reads want whole, aligned blocks.
         let block = self.form.block_bytes as usize;
         let mut whole = vec![0; 2 * block];
         let skip = whole.as_ptr().align_offset(4096);
-        reserve.read_exact_at(&mut whole[skip..skip + block], start + offset)?;
+        reserve.read_exact_at(&mut whole[skip..skip + block], self.spill_start() + offset)?;
         out.copy_from_slice(&whole[skip..][..self.within_block(out)]);
         Ok(())
     }
@@ -386,10 +417,48 @@ impl Shared {
         out.len()
     }
 
-    /// Where copies beyond memory lie: a device, opened for direct reads, and where the spill area
-    /// of this volume begins on it.
-    pub fn set_reserve(&self, device: File, start: u64) {
-        let _ = self.reserve.set((device, start));
+    /// Where copies beyond memory lie: a device, opened for direct reads.
+    pub fn set_reserve(&self, device: File) {
+        let _ = self.opened.set(device);
+    }
+
+    /// What the volume has of a reserve.
+    pub fn reserve(&self) -> ReserveState {
+        match self.gate[AT_RESERVE].load(Acquire) {
+            0 => ReserveState::None,
+            1 => ReserveState::Spill,
+            2 => ReserveState::Log,
+            _ => ReserveState::Failed,
+        }
+    }
+
+    /// The volume has this part of a reserve, with a log or without. Before the log is opened: a
+    /// server that dies in between leaves a log that is missed, and not one that is forgotten.
+    pub fn take_part(&self, part: &Part, with_log: bool) {
+        self.gate[AT_SPILL].store(part.start + part.places().spill, Relaxed);
+        self.gate[AT_RESERVE].store(if with_log { 2 } else { 1 }, SeqCst);
+    }
+
+    /// It has failed: no copy is put there any more, and a reboot means compare.
+    pub fn reserve_failed(&self) {
+        self.gate[AT_RESERVE].store(3, SeqCst);
+    }
+
+    /// Where the spill slots begin on the reserve, bytes.
+    pub fn spill_start(&self) -> u64 {
+        self.gate[AT_SPILL].load(Relaxed)
+    }
+
+    /// Whether a power cut after the commit of this cut would find it known: else the target would
+    /// have an epoch that nobody here has heard of.
+    pub fn is_noted(&self, cut_id: [u8; 16]) -> bool {
+        self.reserve() != ReserveState::Log || self.gate[AT_NOTED].load(Acquire) == low(cut_id)
+    }
+
+    /// The agent has marked blocks that nobody wrote (a compare, a block that cannot be read). After
+    /// the marks, and before it says that no compare is due.
+    pub fn marked_beside(&self) {
+        self.gate[AT_BESIDE].fetch_add(1, SeqCst);
     }
 
     /// The agent has what lay in this slot.
@@ -470,7 +539,26 @@ impl Shared {
     }
 
     pub(super) fn slots(&self) -> u32 {
-        self.form.slots() as u32
+        match self.reserve() {
+            ReserveState::Spill | ReserveState::Log => self.form.slots() as u32,
+            ReserveState::None | ReserveState::Failed => self.form.memory_slots,
+        }
+    }
+
+    // What follows is for the log.
+
+    pub(crate) fn set_noted(&self, cut_id: [u8; 16]) {
+        self.gate[AT_NOTED].store(low(cut_id), Release);
+    }
+
+    /// Marks of the agent that the log does not have yet: up to which it would have them now.
+    pub(crate) fn unnoted_marks(&self) -> Option<u64> {
+        let made = self.gate[AT_BESIDE].load(SeqCst);
+        (self.gate[AT_BESIDE_NOTED].load(SeqCst) != made).then_some(made)
+    }
+
+    pub(crate) fn set_noted_marks(&self, up_to: u64) {
+        self.gate[AT_BESIDE_NOTED].store(up_to, SeqCst);
     }
 
     pub(super) fn is_free(&self, slot: u32) -> bool {
@@ -500,6 +588,10 @@ impl Shared {
             let _ = entry.compare_exchange(UNDER_WAY, FREE, AcqRel, Relaxed);
         }
     }
+}
+
+fn low(cut_id: [u8; 16]) -> u64 {
+    u128::from_le_bytes(cut_id) as u64
 }
 
 fn begin(whole: &Whole, form: &Form) {

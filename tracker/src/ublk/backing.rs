@@ -8,9 +8,12 @@ use super::abi::{
     ATTR_FUA, ATTR_READ_ONLY, ATTR_ROTATIONAL, ATTR_VOLATILE_CACHE, PARAM_BASIC, PARAM_DISCARD,
     ParamBasic, ParamDiscard, Params,
 };
+use super::memory::Mapping;
 use crate::device::Device;
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -61,6 +64,36 @@ impl Backing {
         self.file.as_raw_fd()
     }
 
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Reads whole blocks into aligned memory.
+    pub(super) fn read_exact(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, offset)
+    }
+
+    /// Writes the beginning of a mapping.
+    pub(super) fn write_pages(&self, from: &Mapping, bytes: usize, offset: u64) -> io::Result<()> {
+        self.write_part(from, 0, bytes, offset)
+    }
+
+    /// Writes a part of a mapping; whole blocks.
+    pub(super) fn write_part(
+        &self,
+        from: &Mapping,
+        at: usize,
+        bytes: usize,
+        offset: u64,
+    ) -> io::Result<()> {
+        self.file.write_all_at(from.piece(at, bytes), offset)
+    }
+
+    /// What was written, and is done, is durable then.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
     /// How many hardware queues it has; none where that is not its own (device-mapper).
     pub(super) fn hardware_queues(&self) -> Option<u16> {
         let entries = fs::read_dir(self.device.disk_sysfs().join("mq")).ok()?;
@@ -68,7 +101,8 @@ impl Backing {
     }
 
     /// The limits of a filter over it, whose buffers take this much.
-    pub fn params(&self, buffer_bytes: u32) -> Params {
+    /// `discard_max`: what a discard, or a writing of zeroes, may be long at most, bytes.
+    pub fn params(&self, buffer_bytes: u32, discard_max: u64) -> Params {
         let disk = self.device.disk_sysfs();
         let number = |name: &str| -> u64 {
             let text = fs::read_to_string(disk.join("queue").join(name));
@@ -112,8 +146,9 @@ impl Backing {
             dev_sectors: self.device.size_bytes >> SECTOR_SHIFT,
             virt_boundary_mask: 0,
         };
-        let discard = sectors("discard_max_bytes");
-        let zeroes = sectors("write_zeroes_max_bytes");
+        let most = u32::try_from(discard_max >> SECTOR_SHIFT).unwrap_or(u32::MAX);
+        let discard = sectors("discard_max_bytes").min(most);
+        let zeroes = sectors("write_zeroes_max_bytes").min(most);
         let granularity = u32::try_from(number("discard_granularity")).unwrap_or(0);
         let mut params = Params { types: PARAM_BASIC, basic, ..Default::default() };
         if !self.read_only && (discard > 0 || zeroes > 0) {

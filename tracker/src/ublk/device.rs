@@ -7,6 +7,7 @@
 use super::abi::{self, DeviceInfo};
 use super::backing::Backing;
 use super::control::{Control, ring_refused};
+use super::log::Log;
 use super::queue::{Parts, Queue};
 use super::{UblkError, discard};
 use crate::filter::gate::Gate;
@@ -42,6 +43,8 @@ pub struct Volume {
     pub reserve: Option<Arc<Backing>>,
     /// Who decides on its writes.
     pub gate: Arc<Gate>,
+    /// Makes its marks outlive a reboot.
+    pub log: Option<Arc<Log>>,
 }
 
 /// How filters are made.
@@ -122,7 +125,11 @@ impl Served {
             {
                 return Err(io::Error::other(format!("the kernel wants it otherwise: {info:?}")));
             }
-            control.set_params(number, &backing.params(BUFFER_BYTES))?;
+            let discard_max = match &volume.log {
+                Some(_) => Log::request_bytes_max(backing.device().size_bytes),
+                None => u64::MAX,
+            };
+            control.set_params(number, &backing.params(BUFFER_BYTES, discard_max))?;
             named(number)?;
             volume.gate.take_over();
             let served = prepared.fetch(number)?;
@@ -208,6 +215,9 @@ impl Prepared {
             let events: Result<Vec<_>, _> =
                 (0..queues).map(|_| EventFd::from_flags(EfdFlags::EFD_CLOEXEC)).collect();
             let events: Arc<[EventFd]> = events?.into();
+            if let Some(log) = &volume.log {
+                log.start(events.clone())?;
+            }
             let mut threads = Vec::new();
             for qid in 0..queues {
                 let parts = Parts {
@@ -217,6 +227,7 @@ impl Prepared {
                     backing: volume.backing.clone(),
                     reserve: volume.reserve.clone(),
                     gate: volume.gate.clone(),
+                    log: volume.log.clone(),
                     events: events.clone(),
                 };
                 let (give, take) = mpsc::channel();

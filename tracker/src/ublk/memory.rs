@@ -42,6 +42,19 @@ impl Mapping {
         self.start.as_ptr()
     }
 
+    /// All of it, where it is memory of our own that nobody else was told of.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: exactly what was mapped, borrowed from its only owner.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+    }
+
+    /// A piece of it, to be read.
+    pub fn piece(&self, offset: usize, bytes: usize) -> &[u8] {
+        assert!(offset + bytes <= self.bytes, "within the mapping");
+        // SAFETY: within the mapping, as was just checked; who writes to it borrows it.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset), bytes) }
+    }
+
     /// The address of a piece of it.
     pub fn at(&self, offset: usize) -> *mut u8 {
         assert!(offset < self.bytes, "within the mapping");

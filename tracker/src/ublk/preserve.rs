@@ -125,7 +125,12 @@ impl Copies {
             1.. => result.unsigned_abs(),
             _ if result == -libc::EINTR || result == -libc::EAGAIN => 0,
             // An error, or the end of the device where there must be more.
-            _ => return Err(self.end(index, false, gate)),
+            _ => {
+                if let Step::BounceWrite(_) = copy.step {
+                    gate.shared().reserve_failed();
+                }
+                return Err(self.end(index, false, gate));
+            }
         };
         let total = copy.what.bytes;
         match copy.step {

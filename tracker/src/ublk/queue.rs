@@ -10,6 +10,7 @@
 use super::abi::{self, IoCommand, IoDescriptor};
 use super::backing::{Backing, SECTOR_SHIFT};
 use super::discard::Discards;
+use super::log::Log;
 use super::memory::Mapping;
 use super::preserve::{COPIES, Copies};
 use crate::filter::gate::{Admission, COPIES_MAX, Gate, Preserve, Wake};
@@ -44,6 +45,7 @@ pub(super) struct Parts {
     pub backing: Option<Arc<Backing>>,
     pub reserve: Option<Arc<Backing>>,
     pub gate: Arc<Gate>,
+    pub log: Option<Arc<Log>>,
     /// One a queue of this device: written to wake it.
     pub events: Arc<[EventFd]>,
 }
@@ -227,6 +229,10 @@ impl Queue {
     fn admit(&mut self, tag: u16) {
         let request = self.requests[usize::from(tag)];
         let range = request.offset..request.offset + request.bytes;
+        // First: who has passed here waits in the gate only for what has passed as well.
+        if self.parts.log.as_ref().is_some_and(|log| !log.enter(self.lane, tag, &range)) {
+            return self.waiting.push_back(tag);
+        }
         self.out.clear();
         match self.parts.gate.admit(self.lane, tag, range, &mut self.out) {
             Admission::Go => self.submit(tag),
@@ -309,6 +315,9 @@ impl Queue {
         };
         if matches!(request.op, abi::OP_WRITE | abi::OP_DISCARD | abi::OP_WRITE_ZEROES) {
             let wake = self.parts.gate.completed(self.lane, tag);
+            if let Some(log) = &self.parts.log {
+                log.leave(self.lane, tag);
+            }
             self.wake(wake);
         }
         self.answer(tag, result);
