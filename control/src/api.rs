@@ -513,6 +513,12 @@ pub struct ServerStatus {
     pub backlog_bytes: u64,
     /// The goal.
     pub goal_seconds: u64,
+    /// From the oldest recovery point to the newest, seconds; none: no point.
+    #[serde(default)]
+    pub history_seconds: Option<f64>,
+    /// How long the policy keeps recovery points, seconds; none: the newest alone.
+    #[serde(default)]
+    pub keep_seconds: Option<u64>,
     /// How far the first copy or compare is, 0..=100; 100 only when all of it is durable. None in
     /// every other state.
     #[serde(default)]

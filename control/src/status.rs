@@ -20,6 +20,8 @@ pub(crate) struct Known<'a> {
     pub(crate) name: &'a str,
     pub(crate) revoked: bool,
     pub(crate) goal_seconds: u64,
+    /// How long the policy keeps points; none: the newest alone.
+    pub(crate) keep_seconds: Option<u64>,
     pub(crate) certificate_ends: Timestamp,
     /// When it joined, was protected, unprotected or revoked last.
     pub(crate) decided: Option<Timestamp>,
@@ -117,6 +119,8 @@ pub(crate) fn server_status(known: &Known<'_>, now: Timestamp) -> ServerStatus {
         loss_seconds,
         backlog_bytes: volumes.iter().map(|volume| volume.backlog_bytes).sum(),
         goal_seconds: known.goal_seconds,
+        history_seconds: history(known),
+        keep_seconds: known.keep_seconds,
         percent: progress.map(percent),
         left_seconds: progress.and_then(left),
         sending_bytes_per_second: speed.sent,
@@ -124,6 +128,13 @@ pub(crate) fn server_status(known: &Known<'_>, now: Timestamp) -> ServerStatus {
         certificate_ends: known.certificate_ends.to_string(),
         volumes,
     }
+}
+
+/// From the oldest point that can be opened to the newest, seconds.
+fn history(known: &Known<'_>) -> Option<f64> {
+    let times = || known.points.iter().map(|point| point.time_ns);
+    let (oldest, newest) = (times().min()?, times().max()?);
+    Some((newest - oldest) as f64 / 1e9)
 }
 
 /// Done and total bytes of the first copy or compare that the state speaks of.

@@ -237,6 +237,8 @@ fn what_operators_and_control_say() {
         loss_seconds: Some(1.5),
         backlog_bytes: 3,
         goal_seconds: 30,
+        history_seconds: Some(86_400.0),
+        keep_seconds: Some(1_296_000),
         percent: Some(34),
         left_seconds: Some(12.5),
         sending_bytes_per_second: Some(98.0),

@@ -218,3 +218,17 @@ fn configurations_are_read_as_documented() {
     };
     assert_eq!(AgentConfig::parse(file, &read("agent.toml")).unwrap(), agent);
 }
+
+#[test]
+fn a_run_has_its_golden_bytes() {
+    use secondsite::target::tend::merge;
+    let disk = stored();
+    let keeper = open(disk.clone()).unwrap();
+    let layers = keeper.volume().layers();
+    assert!(merge(&keeper, &layers, &[Epoch(1)].into(), &|| true).unwrap());
+    let name = secondsite::target::run::name(Epoch(0), Epoch(1));
+    let now = disk.read(&name, 1 << 20).unwrap().unwrap();
+    // Zeros fill header and page; what stands in them is enough.
+    let parts = [&now[..112], &now[4080..4096 + 16 + 3 * 32], &now[8192..]].concat();
+    assert_eq!(golden("run.hex", &hex(&parts)), hex(&parts), "a run's bytes changed");
+}

@@ -171,7 +171,7 @@ fn squeezed(text: &str) -> String {
     masked(text).lines().map(line).collect()
 }
 
-const HEADER: &str = "SERVER STATE LOSS IF IT DIED NOW GOAL TO TARGET\n";
+const HEADER: &str = "SERVER STATE LOSS IF IT DIED NOW GOAL HISTORY TO TARGET\n";
 
 #[test]
 fn states_as_people_see_them() {
@@ -181,20 +181,20 @@ fn states_as_people_see_them() {
         assert_eq!((code, masked(&said).as_str()), (0, talk));
         assert_eq!(squeezed(&out), format!("{HEADER}{row}\n"));
     };
-    status("db1 joined everything #s off", "");
+    status("db1 joined everything #s - off", "");
     stage.protect();
     let waits = "# needs attention: db1 -> secondsite explain db1\n";
-    status("db1 waiting no point yet #s -", waits);
+    status("db1 waiting no point yet #s - -", waits);
     stage.agent_says(VolumePhase::FirstCopy, |volume| {
         volume.progress_bytes = Some((163 << 30, 480 << 30));
     });
-    status("db1 first copy # %, calculating no point yet #s -", "");
+    status("db1 first copy # %, calculating no point yet #s - -", "");
     stage.agent_says(VolumePhase::Connecting, |volume| {
         volume.code = Some(Reason::TargetFull);
         volume.reason = "no space left at /srv".into();
     });
     stage.target_says(&[45]);
-    status("db1 BEHIND # s · # MiB #s -", waits);
+    status("db1 BEHIND # s · # MiB #s newest -", waits);
 
     let (code, out, _) = stage.says("dr", &["explain", "db1"]);
     assert_eq!(code, 0);
@@ -227,7 +227,7 @@ db1: BEHIND, target-full since # (# s)
 
     stage.agent_says(VolumePhase::Following, |_| {});
     stage.target_says(&[4]);
-    status("db1 protected # s · # MiB #s waits for a cut", "");
+    status("db1 protected # s · # MiB #s newest waits for a cut", "");
     let (_, _, talk) = stage.says("dr", &["explain"]);
     assert_eq!(talk, "Nothing needs attention.\n");
 }

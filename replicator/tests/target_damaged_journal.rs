@@ -122,9 +122,9 @@ fn newer_formats_are_refused_and_left_alone() {
     refused(&disk, "segment version 2, this one reads up to 1");
     segment.write_at(4, &[1, 0]).unwrap();
     let state = disk.read("state.json", 1 << 20).unwrap().unwrap();
-    let newer = String::from_utf8(state).unwrap().replace("\"format\": 2", "\"format\": 3");
+    let newer = String::from_utf8(state).unwrap().replace("\"format\": 3", "\"format\": 4");
     disk.replace("state.json", newer.as_bytes()).unwrap();
-    refused(&disk, "format 3, this one reads up to 2");
+    refused(&disk, "format 4, this one reads up to 3");
 }
 
 /// An epoch of a newer version in a segment of this one: it was acknowledged, and this version

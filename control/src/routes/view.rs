@@ -141,6 +141,7 @@ fn server_status(
         name: &server.name,
         revoked: server.revoked,
         goal_seconds: server.goal_s.cast_unsigned(),
+        keep_seconds: keep::parse(&server.keep).unwrap_or_default().map(|keep| keep.coarse_seconds),
         certificate_ends: Timestamp::from_second(server.certificate_ends_s)
             .unwrap_or(Timestamp::MIN),
         decided,

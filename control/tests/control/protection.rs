@@ -77,7 +77,7 @@ async fn what_cannot_be_protected_is_named() {
     assert!(code == 64 && message.contains("/dev/sdq"), "{message}");
     let ebpf = ProtectRequest { tracker: TrackerChoice::Ebpf, ..protect(&["loop3"]) };
     assert_eq!(refused(ebpf).await.0, 69);
-    let kept = ProtectRequest { keep: "24h".to_owned(), ..protect(&["loop3"]) };
+    let kept = ProtectRequest { keep: "24".to_owned(), ..protect(&["loop3"]) };
     assert_eq!(refused(kept).await.0, 64);
     let error = operator.protect("db9", &protect(&["all"])).await.unwrap_err();
     assert!(error.to_string().contains("db9"), "{error}");

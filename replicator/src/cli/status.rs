@@ -123,12 +123,25 @@ fn show(context: &Context, status: &Status, detail: bool) {
     }
 }
 
+/// How far back one can go, of what the policy promises.
+fn history(server: &ServerStatus) -> String {
+    match (server.history_seconds, server.keep_seconds) {
+        (None, _) => "-".into(),
+        (Some(_), None) => "newest".into(),
+        (Some(there), Some(promised)) => {
+            let promised = promised as f64;
+            format!("{} of {}", span(there.min(promised)), span(promised))
+        }
+    }
+}
+
 fn table(servers: &[ServerStatus]) -> String {
     let row = |server: &ServerStatus| {
         let goal = goal(server.goal_seconds);
-        vec![server.name.clone(), state(server), loss(server), goal, to_target(server)]
+        let history = history(server);
+        vec![server.name.clone(), state(server), loss(server), goal, history, to_target(server)]
     };
-    let header = ["SERVER", "STATE", "LOSS IF IT DIED NOW", "GOAL", "TO TARGET"];
+    let header = ["SERVER", "STATE", "LOSS IF IT DIED NOW", "GOAL", "HISTORY", "TO TARGET"];
     output::table(&header, servers.iter().map(row).collect())
 }
 

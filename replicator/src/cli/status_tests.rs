@@ -18,6 +18,8 @@ fn server(name: &str, state: State) -> ServerStatus {
         loss_seconds: None,
         backlog_bytes: 0,
         goal_seconds: 30,
+        history_seconds: Some(86_400.0),
+        keep_seconds: Some(1_296_000),
         percent: None,
         left_seconds: None,
         sending_bytes_per_second: None,
