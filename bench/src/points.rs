@@ -127,9 +127,7 @@ pub fn measure(options: &Options) -> Result<()> {
                 "Opening a point of 1 TiB, nothing cached",
                 opening::measure(&own, pick(1000, 10_000), pick(50, 200))?,
             ),
-            Part::Index => {
-                ("Index on disk", index::measure(&own, pick(1_000_000, 10_000_000))?)
-            }
+            Part::Index => ("Index on disk", index::measure(&own, pick(1_000_000, 10_000_000))?),
             Part::Reading => {
                 let runtime = Duration::from_millis(pick(200, 2000));
                 let rounds = pick(1, 3) as usize;
@@ -147,8 +145,7 @@ pub fn measure(options: &Options) -> Result<()> {
         groups.push(Group { name, rows });
     }
     if options.json {
-        let document =
-            serde_json::json!({ "schema_version": 1, "quick": quick, "groups": groups });
+        let document = serde_json::json!({ "schema_version": 1, "quick": quick, "groups": groups });
         println!("{}", serde_json::to_string_pretty(&document)?);
     }
     Ok(())

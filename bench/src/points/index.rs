@@ -86,7 +86,11 @@ pub fn look_into(folder: &Path) -> Result<()> {
         Row::goal("on disk, an extent", bytes as f64 / pieces as f64, "B", 40.0),
         Row::goal("opening, cold", seconds, "s", 1.0),
         Row::goal("memory", added / f64::from(1 << 20), "MiB", 64.0),
-        Row::new("memory after the lookups", (resident_bytes()? - before) / f64::from(1 << 20), "MiB"),
+        Row::new(
+            "memory after the lookups",
+            (resident_bytes()? - before) / f64::from(1 << 20),
+            "MiB",
+        ),
     ];
     rows.extend(percentiles("looking up 4 KiB, at first", cold, None));
     rows.extend(percentiles("looking up 4 KiB, again", warm, None));

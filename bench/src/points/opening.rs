@@ -9,6 +9,7 @@ use secondsite::nbd::Server;
 use secondsite::overlay::Overlay;
 use secondsite::target::point::PointDevice;
 use secondsite::target::points::{VolumeEpochs, complete_points, plan};
+use secondsite::target::unpacked::Unpacked;
 use secondsite_control::api::KeepPolicy;
 use secondsite_format::ids::{Epoch, Generation};
 use std::collections::BTreeSet;
@@ -68,7 +69,8 @@ pub fn measure(folder: &Path, points: u64, opens: u64) -> Result<Vec<Row>> {
         }
         choosing.push(begun.elapsed().as_secs_f64());
         let view = keeper.view_at(Epoch(epoch)).map_err(play::refused)?.context("a point")?;
-        let base = Arc::new(PointDevice::new(view));
+        let unpacked = Unpacked::new(&scratch, 1 << 30)?;
+        let base = Arc::new(PointDevice::with_unpacked(view, unpacked));
         let overlay = Overlay::open(&scratch, base, &[0; 32], 1 << 30)?;
         let name = format!("point-{open}");
         server.add(&name, Arc::new(overlay))?;

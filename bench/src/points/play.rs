@@ -77,7 +77,8 @@ impl Source {
         if let Some(kind) = fill {
             let mut random = Random::seeded(7);
             for at in (0..volume_bytes).step_by(FRAME_BYTES as usize) {
-                let content = content(&[(at, FRAME_BYTES.min(volume_bytes - at))], kind, &mut random)?;
+                let content =
+                    content(&[(at, FRAME_BYTES.min(volume_bytes - at))], kind, &mut random)?;
                 let mut header = FrameHeader::message(FrameKind::SyncData);
                 header.generation = Generation(1);
                 header.offset = at;

@@ -9,6 +9,7 @@ use secondsite::nbd::{Device, Server};
 use secondsite::overlay::Overlay;
 use secondsite::target::keeper::Keeper;
 use secondsite::target::point::PointDevice;
+use secondsite::target::unpacked::Unpacked;
 use secondsite_format::ids::Epoch;
 use std::io::Write;
 use std::path::Path;
@@ -55,7 +56,8 @@ pub fn measure(folder: &Path, mib: u64, rounds: usize, runtime: Duration) -> Res
                 super::median(ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect())
             };
             let name = format!("{name}, {job}");
-            let (scale, unit) = if job.starts_with('1') { (1.0, "MiB/s") } else { (256.0, "reads/s") };
+            let (scale, unit) =
+                if job.starts_with('1') { (1.0, "MiB/s") } else { (256.0, "reads/s") };
             rows.push(Row::new(&name, super::median(rates[0].clone()) * scale, unit));
             rows.push(Row::at_least("  to qemu-nbd", of(&rates[0], &rates[1]), "x", 0.8));
             rows.push(Row::at_least("  to nbdkit", of(&rates[0], &rates[2]), "x", 0.8));
@@ -93,7 +95,8 @@ struct Servers {
 impl Servers {
     fn start(folder: &Path, keeper: &Keeper) -> Result<Self> {
         let view = keeper.view_at(Epoch(16)).map_err(play::refused)?.context("a point")?;
-        let base = Arc::new(PointDevice::new(view));
+        let unpacked = Unpacked::new(folder, 4 << 30)?;
+        let base = Arc::new(PointDevice::with_unpacked(view, unpacked));
         let raw = folder.join("raw");
         let mut file = std::fs::File::create(&raw)?;
         let mut buffer = vec![0; 1 << 20];
@@ -152,9 +155,9 @@ fn fio(socket: &Path, options: &[&str], runtime: Duration, mib: u64) -> Result<f
         .output()
         .context("fio (package fio)")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let from = text.find('{').with_context(|| {
-        format!("fio: {text}{}", String::from_utf8_lossy(&output.stderr))
-    })?;
+    let from = text
+        .find('{')
+        .with_context(|| format!("fio: {text}{}", String::from_utf8_lossy(&output.stderr)))?;
     let document: serde_json::Value = serde_json::from_str(&text[from..])?;
     let job = &document["jobs"][0];
     ensure!(job["error"] == 0, "fio failed: {}", job["error"]);

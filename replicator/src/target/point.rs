@@ -2,10 +2,12 @@
 //!
 //! Bounds: what stands where is sorted out by windows of 1 MiB, of which the newest are kept, and
 //! so are unpacked frames; both have a limit that neither the volume's size nor the number of
-//! points changes. Damage is an error of the read that meets it, never other bytes.
+//! points changes. Frames that do not stay in memory long enough go to [`Unpacked`], if there is
+//! one. Damage is an error of the read that meets it, never other bytes.
 
-use super::index::Piece;
+use super::index::{Origin, Piece};
 use super::layers::overlay;
+use super::unpacked::Unpacked;
 use super::view::{FrameReader, View};
 use crate::nbd::{Device, Run};
 use std::collections::HashMap;
@@ -27,6 +29,7 @@ pub struct PointDevice {
     view: View,
     windows: Mutex<Windows>,
     shards: [Mutex<FrameReader>; SHARDS],
+    unpacked: Option<Unpacked>,
 }
 
 #[derive(Default)]
@@ -60,7 +63,13 @@ impl PointDevice {
     /// Shows a view.
     pub fn new(view: View) -> Self {
         let shard = || Mutex::new(FrameReader::new(SHARD_BYTES));
-        Self { view, windows: Mutex::default(), shards: std::array::from_fn(|_| shard()) }
+        let shards = std::array::from_fn(|_| shard());
+        Self { view, windows: Mutex::default(), shards, unpacked: None }
+    }
+
+    /// Shows a view, with a place for what is read again and again.
+    pub fn with_unpacked(view: View, unpacked: Unpacked) -> Self {
+        Self { unpacked: Some(unpacked), ..Self::new(view) }
     }
 
     fn windows(&self) -> MutexGuard<'_, Windows> {
@@ -136,20 +145,28 @@ impl Device for PointDevice {
                 }
                 return Ok(true);
             };
-            let shard = match piece.origin {
-                super::index::Origin::Zero => 0,
-                super::index::Origin::Payload { frame, .. } => {
-                    (frame.offset / 4096 + frame.segment) as usize % SHARDS
-                }
+            let Origin::Payload { frame, at } = piece.origin else {
+                part.fill(0);
+                return Ok(true);
             };
-            let mut reader = self.shards[shard].lock().expect("nothing panics in a frame reader");
+            if let Some(unpacked) = &self.unpacked
+                && unpacked.read(frame, at, part)?
+            {
+                return Ok(true);
+            }
+            let shard = &self.shards[(frame.offset / 4096 + frame.segment) as usize % SHARDS];
+            let mut reader = shard.lock().expect("nothing panics in a frame reader");
+            let known = reader.has(frame);
             reader.piece(&self.view.layers, piece, |content| {
-                match content {
-                    Some(content) => part.copy_from_slice(content),
-                    None => part.fill(0),
-                }
-                Ok(true)
-            })
+                part.copy_from_slice(content.expect("a piece with a payload has bytes"));
+                Ok(())
+            })?;
+            if let (false, Some(unpacked)) = (known, &self.unpacked) {
+                let content = reader.content(&self.view.layers[piece.of as usize], frame)?;
+                drop(reader);
+                unpacked.unpacked(frame, content.payload());
+            }
+            Ok(true)
         })
     }
 
@@ -161,7 +178,7 @@ impl Device for PointDevice {
         };
         self.walk(offset, offset + bytes, |from, to, piece| {
             if let Some(piece) = piece {
-                add(&mut runs, to - from, piece.origin == super::index::Origin::Zero);
+                add(&mut runs, to - from, piece.origin == Origin::Zero);
                 return Ok(runs.len() <= limit);
             }
             let mut at = from;
