@@ -13,7 +13,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is measured.
 #[derive(Debug, Args)]
@@ -24,7 +24,7 @@ pub struct Options {
     /// Only these parts.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Part>,
-    /// Where the volumes lie; 16 GiB must be free, with --quick one.
+    /// Where the volumes lie; 24 GiB must be free, with --quick two.
     #[arg(long, default_value = "/var/tmp")]
     dir: PathBuf,
     /// One JSON document instead of a table.
@@ -122,24 +122,25 @@ pub fn measure(options: &Options) -> Result<()> {
         }
         let own = folder.path().join(format!("{part:?}").to_lowercase());
         std::fs::create_dir(&own)?;
+        let begun = Instant::now();
         let (name, rows) = match part {
             Part::Opening => (
                 "Opening a point of 1 TiB, nothing cached",
-                opening::measure(&own, pick(1000, 10_000), pick(50, 200))?,
+                opening::measure(&own, pick(300, 10_000), pick(30, 200))?,
             ),
-            Part::Index => ("Index on disk", index::measure(&own, pick(1_000_000, 10_000_000))?),
+            Part::Index => ("Index on disk", index::measure(&own, pick(500_000, 10_000_000))?),
             Part::Reading => {
-                let runtime = Duration::from_millis(pick(200, 2000));
+                let runtime = Duration::from_millis(pick(100, 2000));
                 let rounds = pick(1, 3) as usize;
                 ("Reading an open point", reading::measure(&own, pick(64, 1024), rounds, runtime)?)
             }
-            Part::Promotion => ("Promotion", tending::promotion(&own, pick(32, 256))?),
-            Part::Thinning => ("Thinning", tending::thinning(&own, pick(32, 512))?),
+            Part::Promotion => ("Promotion", tending::promotion(&own, pick(16, 256))?),
+            Part::Thinning => ("Thinning", tending::thinning(&own, pick(128, 1024))?),
             Part::Receiving => ("Receiving", tending::receiving(&own, pick(1, 5))?),
         };
         std::fs::remove_dir_all(&own)?;
         if !options.json {
-            println!("{name}");
+            println!("{name} ({:.0} s)", begun.elapsed().as_secs_f64());
             rows.iter().for_each(Row::print);
         }
         groups.push(Group { name, rows });

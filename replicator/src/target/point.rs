@@ -2,8 +2,7 @@
 //!
 //! Bounds: what stands where is sorted out by windows of 1 MiB, of which the newest are kept, and
 //! so are unpacked frames; both have a limit that neither the volume's size nor the number of
-//! points changes. Frames that do not stay in memory long enough go to [`Unpacked`], if there is
-//! one. Damage is an error of the read that meets it, never other bytes.
+//! points changes. What small reads have unpacked goes to [`Unpacked`], if there is one. Damage is an error of the read that meets it, never other bytes.
 
 use super::index::{Origin, Piece};
 use super::layers::overlay;
@@ -23,6 +22,9 @@ const WINDOW_PIECES: usize = 4;
 const SHARDS: usize = 8;
 /// Unpacked frames kept in each, bytes.
 const SHARD_BYTES: usize = 8 << 20;
+
+/// A longer read makes use of much of what it unpacks, which is then read by nobody again soon.
+const SMALL_BYTES: usize = 64 << 10;
 
 /// See the module.
 pub struct PointDevice {
@@ -67,7 +69,7 @@ impl PointDevice {
         Self { view, windows: Mutex::default(), shards, unpacked: None }
     }
 
-    /// Shows a view, with a place for what is read again and again.
+    /// Shows a view, with a place for what small reads unpack.
     pub fn with_unpacked(view: View, unpacked: Unpacked) -> Self {
         Self { unpacked: Some(unpacked), ..Self::new(view) }
     }
@@ -133,6 +135,7 @@ impl Device for PointDevice {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let small = buffer.len() <= SMALL_BYTES;
         let end = offset + buffer.len() as u64;
         self.walk(offset, end, |from, to, piece| {
             let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
@@ -156,15 +159,15 @@ impl Device for PointDevice {
             }
             let shard = &self.shards[(frame.offset / 4096 + frame.segment) as usize % SHARDS];
             let mut reader = shard.lock().expect("nothing panics in a frame reader");
-            let known = reader.has(frame);
+            let keep = small && !reader.has(frame);
             reader.piece(&self.view.layers, piece, |content| {
                 part.copy_from_slice(content.expect("a piece with a payload has bytes"));
                 Ok(())
             })?;
-            if let (false, Some(unpacked)) = (known, &self.unpacked) {
+            if let (true, Some(unpacked)) = (keep, &self.unpacked) {
                 let content = reader.content(&self.view.layers[piece.of as usize], frame)?;
                 drop(reader);
-                unpacked.unpacked(frame, content.payload());
+                unpacked.keep(frame, content.payload());
             }
             Ok(true)
         })

@@ -1,4 +1,4 @@
-//! Frames that were unpacked again and again, in a file without a name: what a client reads here and
+//! Frames that small reads have unpacked, in a file without a name: what a client reads here and
 //! there must not cost a whole frame each time, nor memory as large as the volume. The kernel keeps
 //! of the file what it has room for.
 //!
@@ -8,15 +8,13 @@
 
 use super::index::FrameSpot;
 use secondsite_format::limits::FRAME_PAYLOAD_BYTES_MAX;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, RwLock};
-
-/// Frames that are remembered as unpacked once: 24 bytes each.
-const ONCE_MAX: usize = 1 << 16;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// See the module.
 pub struct Unpacked {
@@ -24,14 +22,7 @@ pub struct Unpacked {
     places_max: u32,
     /// Place and payload bytes.
     places: RwLock<HashMap<FrameSpot, (u32, u32)>>,
-    filling: Mutex<Filling>,
-}
-
-#[derive(Default)]
-struct Filling {
-    /// A frame that is read in order is unpacked once, and is not worth a place.
-    once: HashSet<FrameSpot>,
-    taken: u32,
+    taken: AtomicU32,
 }
 
 impl Unpacked {
@@ -44,12 +35,8 @@ impl Unpacked {
             file: options.open(folder)?,
             places_max: u32::try_from(places).unwrap_or(u32::MAX),
             places: RwLock::default(),
-            filling: Mutex::default(),
+            taken: AtomicU32::new(0),
         })
-    }
-
-    fn filling(&self) -> MutexGuard<'_, Filling> {
-        self.filling.lock().expect("nothing panics while it fills")
     }
 
     /// Fills `part` from byte `at` of the payload of a frame, if it is here.
@@ -65,28 +52,17 @@ impl Unpacked {
         Ok(true)
     }
 
-    /// A frame was unpacked; the second time it gets a place.
-    pub fn unpacked(&self, frame: FrameSpot, payload: &[u8]) {
-        let place = {
-            let mut filling = self.filling();
-            if filling.taken == self.places_max {
-                return;
-            }
-            if !filling.once.remove(&frame) {
-                if filling.once.len() >= ONCE_MAX {
-                    filling.once.clear();
-                }
-                filling.once.insert(frame);
-                return;
-            }
-            filling.taken += 1;
-            filling.taken - 1
-        };
+    /// Gives a frame a place, if there is one.
+    pub fn keep(&self, frame: FrameSpot, payload: &[u8]) {
+        // Relaxed: a place is nobody else's until it is among the places.
+        let next = |taken: u32| (taken < self.places_max).then(|| taken + 1);
+        let place = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        let Ok(place) = place else { return };
         let start = u64::from(place) * FRAME_PAYLOAD_BYTES_MAX as u64;
         if let Err(error) = self.file.write_all_at(payload, start) {
             // Such as a full store: what is here stays, and nothing comes in any more.
             tracing::debug!(%error, "keeping unpacked frames");
-            self.filling().taken = self.places_max;
+            self.taken.store(self.places_max, Ordering::Relaxed);
             return;
         }
         let mut places = self.places.write().expect("nothing panics while it holds the places");
@@ -99,23 +75,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_time_a_frame_gets_a_place_until_all_are_taken() {
+    fn frames_get_places_until_all_are_taken() {
         let folder = tempfile::tempdir().unwrap();
         let unpacked = Unpacked::new(folder.path(), 2 << 20).unwrap();
         let spot = |offset| FrameSpot { segment: 1, offset, bytes: 10 };
         let mut part = [0; 2];
+        assert!(!unpacked.read(spot(0), 0, &mut part).unwrap());
         for offset in 0..3 {
-            unpacked.unpacked(spot(offset), &[offset as u8; 8]);
-            assert!(!unpacked.read(spot(offset), 0, &mut part).unwrap(), "read once");
-        }
-        for offset in 0..3 {
-            unpacked.unpacked(spot(offset), &[offset as u8; 8]);
+            unpacked.keep(spot(offset), &[offset as u8; 8]);
         }
         for offset in 0..3 {
             assert_eq!(unpacked.read(spot(offset), 6, &mut part).unwrap(), offset < 2);
+            assert_eq!(part, [offset.min(1) as u8; 2]);
         }
-        assert!(unpacked.read(spot(1), 6, &mut part).unwrap());
-        assert_eq!(part, [1; 2]);
         assert!(!unpacked.read(spot(1), 7, &mut part).unwrap(), "beyond its end");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "it has a name");
     }
