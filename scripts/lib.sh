@@ -88,7 +88,7 @@ install_packages=(groff=groff-base systemd-analyze=systemd)
 # What the real ring and the quickstart need besides.
 real_packages=(losetup=mount mount=mount mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs
     diff=diffutils ip=iproute2
-    nft=nftables nbdkit=nbdkit nbdfuse=libnbd-bin nbdcopy=libnbd-bin qemu-io=qemu-utils fio=fio)
+    nft=nftables nbdkit=nbdkit qemu-nbd=qemu-utils nbdfuse=libnbd-bin nbdcopy=libnbd-bin qemu-io=qemu-utils fio=fio)
 
 # What the kernel lab runs on, and what its tests use in the guest.
 if grep -qs '^VERSION_ID="12"' /etc/os-release; then

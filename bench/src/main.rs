@@ -1,5 +1,6 @@
 //! Benchmarks. `micro` measures the steps of the data path side by side in one run, `sync` a first
-//! copy and a delta beside what an administrator would type instead.
+//! copy and a delta beside what an administrator would type instead, `points` what recovery points
+//! cost.
 //!
 //! Machines differ and the same machine drifts by a factor of two between runs, so every row is
 //! also given as a ratio to one that was measured in turns with it.
@@ -7,6 +8,7 @@
 mod data;
 mod deployment;
 mod micro;
+mod points;
 mod sync;
 mod turns;
 
@@ -34,6 +36,14 @@ enum What {
     /// First copy and delta of a loop device over TLS on loopback, beside dd, lz4 and nc, and
     /// nbdcopy. Needs root.
     Sync(sync::Options),
+    /// Recovery points: opening, index, reading, promotion, thinning.
+    Points(points::Options),
+    /// What `points` looks into an index with.
+    #[command(hide = true)]
+    LookInto {
+        /// Where the volume lies.
+        folder: PathBuf,
+    },
     /// The target that `sync` starts for itself.
     #[command(hide = true)]
     ServeTarget {
@@ -48,6 +58,8 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().what {
         What::Micro { json, rounds } => micro(json, rounds),
         What::Sync(options) => sync::measure(&options),
+        What::Points(options) => points::measure(&options),
+        What::LookInto { folder } => points::look_into(&folder),
         What::ServeTarget { folder, bytes } => deployment::serve_target(&folder, bytes),
     }
 }

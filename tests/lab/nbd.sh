@@ -39,6 +39,31 @@ check "and mounted again" mount -o ro /dev/nbd0 /mnt/nbd
 check "with what was written" test "$(sha256sum </mnt/nbd/random)" = "$sum"
 check "all of it" diff -r /usr/share/common-licenses /mnt/nbd/common-licenses
 umount /mnt/nbd
+
+# What udev makes of points and replicas: nobody looks at what is on them. The file of the target
+# says that this is a second site.
+mkdir -p /run/udev/rules.d /etc/secondsite /run/store/servers/1/2 /run/secondsite/points/db1
+cp packaging/udev/59-secondsite-replicas.rules /run/udev/rules.d/
+properties() { udevadm test --action=change "/sys/class/block/${1##*/}" 2>/dev/null; }
+is_linked() { properties "$1" | grep '^DEVLINKS=.*by-uuid/'; }
+is_hidden() {
+    properties "$1" >/run/properties
+    cat /run/properties
+    ! grep -E 'by-label|by-uuid|^ID_FS' /run/properties && grep -qx 'SYSTEMD_READY=0' /run/properties &&
+        grep -qx 'UDISKS_IGNORE=1' /run/properties && grep -qx 'DM_UDEV_DISABLE_OTHER_RULES_FLAG=1' /run/properties
+}
+check "udev: elsewhere an nbd device has its links" is_linked /dev/nbd0
+touch /etc/secondsite/target.toml
+check "udev: on a second site it has none" is_hidden /dev/nbd0
+modprobe loop
+for file in /run/elsewhere /run/store/servers/1/2/replica.img /run/secondsite/points/db1/sda; do
+    truncate -s 16M "$file"
+    mkfs.ext4 -q "$file"
+    loop=$(losetup --find --show "$file")
+    if [ "$file" = /run/elsewhere ]; then hidden=is_linked; else hidden=is_hidden; fi
+    check "udev: a loop device on $file: $hidden" "$hidden" "$loop"
+    losetup -d "$loop"
+done
 check "the base was never written" cmp -n $((512 << 20)) /run/nbd/base /dev/zero
 disconnect >/dev/null
 kill "$server"

@@ -33,6 +33,7 @@ pub mod space;
 pub mod state;
 pub mod store;
 pub mod tend;
+pub mod unpacked;
 pub mod view;
 pub mod volume;
 

@@ -2,10 +2,11 @@
 //!
 //! Bounds: what stands where is sorted out by windows of 1 MiB, of which the newest are kept, and
 //! so are unpacked frames; both have a limit that neither the volume's size nor the number of
-//! points changes. Damage is an error of the read that meets it, never other bytes.
+//! points changes. What small reads have unpacked goes to [`Unpacked`], if there is one. Damage is an error of the read that meets it, never other bytes.
 
-use super::index::Piece;
+use super::index::{Origin, Piece};
 use super::layers::overlay;
+use super::unpacked::Unpacked;
 use super::view::{FrameReader, View};
 use crate::nbd::{Device, Run};
 use std::collections::HashMap;
@@ -22,11 +23,15 @@ const SHARDS: usize = 8;
 /// Unpacked frames kept in each, bytes.
 const SHARD_BYTES: usize = 8 << 20;
 
+/// A longer read makes use of much of what it unpacks, which is then read by nobody again soon.
+const SMALL_BYTES: usize = 64 << 10;
+
 /// See the module.
 pub struct PointDevice {
     view: View,
     windows: Mutex<Windows>,
     shards: [Mutex<FrameReader>; SHARDS],
+    unpacked: Option<Unpacked>,
 }
 
 #[derive(Default)]
@@ -60,7 +65,13 @@ impl PointDevice {
     /// Shows a view.
     pub fn new(view: View) -> Self {
         let shard = || Mutex::new(FrameReader::new(SHARD_BYTES));
-        Self { view, windows: Mutex::default(), shards: std::array::from_fn(|_| shard()) }
+        let shards = std::array::from_fn(|_| shard());
+        Self { view, windows: Mutex::default(), shards, unpacked: None }
+    }
+
+    /// Shows a view, with a place for what small reads unpack.
+    pub fn with_unpacked(view: View, unpacked: Unpacked) -> Self {
+        Self { unpacked: Some(unpacked), ..Self::new(view) }
     }
 
     fn windows(&self) -> MutexGuard<'_, Windows> {
@@ -124,6 +135,7 @@ impl Device for PointDevice {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let small = buffer.len() <= SMALL_BYTES;
         let end = offset + buffer.len() as u64;
         self.walk(offset, end, |from, to, piece| {
             let part = &mut buffer[(from - offset) as usize..(to - offset) as usize];
@@ -136,20 +148,28 @@ impl Device for PointDevice {
                 }
                 return Ok(true);
             };
-            let shard = match piece.origin {
-                super::index::Origin::Zero => 0,
-                super::index::Origin::Payload { frame, .. } => {
-                    (frame.offset / 4096 + frame.segment) as usize % SHARDS
-                }
+            let Origin::Payload { frame, at } = piece.origin else {
+                part.fill(0);
+                return Ok(true);
             };
-            let mut reader = self.shards[shard].lock().expect("nothing panics in a frame reader");
+            if let Some(unpacked) = &self.unpacked
+                && unpacked.read(frame, at, part)?
+            {
+                return Ok(true);
+            }
+            let shard = &self.shards[(frame.offset / 4096 + frame.segment) as usize % SHARDS];
+            let mut reader = shard.lock().expect("nothing panics in a frame reader");
+            let keep = small && !reader.has(frame);
             reader.piece(&self.view.layers, piece, |content| {
-                match content {
-                    Some(content) => part.copy_from_slice(content),
-                    None => part.fill(0),
-                }
-                Ok(true)
-            })
+                part.copy_from_slice(content.expect("a piece with a payload has bytes"));
+                Ok(())
+            })?;
+            if let (true, Some(unpacked)) = (keep, &self.unpacked) {
+                let content = reader.content(&self.view.layers[piece.of as usize], frame)?;
+                drop(reader);
+                unpacked.keep(frame, content.payload());
+            }
+            Ok(true)
         })
     }
 
@@ -161,7 +181,7 @@ impl Device for PointDevice {
         };
         self.walk(offset, offset + bytes, |from, to, piece| {
             if let Some(piece) = piece {
-                add(&mut runs, to - from, piece.origin == super::index::Origin::Zero);
+                add(&mut runs, to - from, piece.origin == Origin::Zero);
                 return Ok(runs.len() <= limit);
             }
             let mut at = from;

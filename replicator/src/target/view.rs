@@ -40,6 +40,11 @@ impl FrameReader {
         Self { kept: HashMap::new(), bytes: 0, bytes_max, asked: 0 }
     }
 
+    /// Whether a frame is at hand.
+    pub fn has(&self, spot: FrameSpot) -> bool {
+        self.kept.contains_key(&spot)
+    }
+
     /// The content of a frame of a layer, its digest checked again.
     pub fn content(&mut self, layer: &Layer, spot: FrameSpot) -> io::Result<Arc<Content>> {
         self.asked += 1;
