@@ -11,6 +11,7 @@ use super::point::PointDevice;
 use super::points::CompletePoint;
 use super::site::Site;
 use super::tend::{Hold, NotHeld};
+use super::unpacked::Unpacked;
 use crate::nbd;
 use crate::overlay::Overlay;
 use jiff::Timestamp;
@@ -29,6 +30,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 const SCRATCH: &str = "scratch";
 /// Added to the name of a scratch area that is being removed.
 const CLOSED: &str = "closed";
+/// Most that small reads of a volume keep unpacked, bytes.
+const UNPACKED_BYTES: u64 = 1 << 30;
 /// Most points open at a time.
 const OPEN_MAX: usize = 64;
 
@@ -311,8 +314,16 @@ impl OpenPoints {
         make_folders(&folder).map_err(|error| io_problem("making", &folder, error))?;
         let mut identity = blake3::Hasher::new();
         identity.update(&key.0.0).update(&key.1.0).update(&volume.0);
-        let base = Arc::new(PointDevice::new(view));
-        let bytes_max = self.scratch_bytes_max.min(self.site.spare_bytes() / 2);
+        let spare = self.site.spare_bytes();
+        let base = match Unpacked::new(&folder, UNPACKED_BYTES.min(spare / 4)) {
+            Ok(unpacked) => PointDevice::with_unpacked(view, unpacked),
+            Err(error) => {
+                tracing::debug!("no place for unpacked frames: {error}");
+                PointDevice::new(view)
+            }
+        };
+        let base = Arc::new(base);
+        let bytes_max = self.scratch_bytes_max.min(spare / 2);
         let overlay = Overlay::open(&folder, base, identity.finalize().as_bytes(), bytes_max)
             .map_err(|error| io_problem("opening the scratch area", &folder, error))?;
         let overlay = Arc::new(overlay);

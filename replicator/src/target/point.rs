@@ -2,7 +2,8 @@
 //!
 //! Bounds: what stands where is sorted out by windows of 1 MiB, of which the newest are kept, and
 //! so are unpacked frames; both have a limit that neither the volume's size nor the number of
-//! points changes. What small reads have unpacked goes to [`Unpacked`], if there is one. Damage is an error of the read that meets it, never other bytes.
+//! points changes. What small reads have unpacked goes to [`Unpacked`], if there is one. Damage is
+//! an error of the read that meets it, never other bytes.
 
 use super::index::{Origin, Piece};
 use super::layers::overlay;
