@@ -12,6 +12,7 @@ use secondsite::target::point::PointDevice;
 use secondsite::target::unpacked::Unpacked;
 use secondsite_format::ids::Epoch;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -44,7 +45,7 @@ pub fn measure(folder: &Path, mib: u64, rounds: usize, runtime: Duration) -> Res
         let folder = folder.join(format!("{lies}", lies = lies as u8));
         std::fs::create_dir(&folder)?;
         let keeper = make(&folder, mib << 20, lies)?;
-        let _servers = Servers::start(&folder, &keeper)?;
+        let servers = Servers::start(&folder, &keeper)?;
         for (job, options) in JOBS {
             let mut rates = [const { Vec::new() }; SERVERS.len()];
             // What comes from the journal is unpacked when it is read first; after that is counted.
@@ -65,7 +66,8 @@ pub fn measure(folder: &Path, mib: u64, rounds: usize, runtime: Duration) -> Res
             rows.push(Row::at_least("  to qemu-nbd", of(&rates[0], &rates[1]), "x", 0.8));
             rows.push(Row::at_least("  to nbdkit", of(&rates[0], &rates[2]), "x", 0.8));
         }
-        drop(_servers);
+        servers.compare(&folder.join("raw"))?;
+        drop(servers);
         std::fs::remove_dir_all(&folder)?;
     }
     Ok(rows)
@@ -92,6 +94,7 @@ fn make(folder: &Path, bytes: u64, lies: Lies) -> Result<Keeper> {
 
 struct Servers {
     own: Server,
+    point: Arc<Overlay>,
     others: Vec<Child>,
 }
 
@@ -107,11 +110,11 @@ impl Servers {
             base.read_at(at, &mut buffer)?;
             file.write_all(&buffer)?;
         }
-        let overlay = Overlay::open(folder, base, &[0; 32], 1 << 30)?;
+        let point = Arc::new(Overlay::open(folder, base, &[0; 32], 1 << 30)?);
         let own = Server::new(None)?;
         own.listen_unix(&folder.join(SERVERS[0]))?;
-        own.add("disk", Arc::new(overlay))?;
-        let mut servers = Self { own, others: Vec::new() };
+        own.add("disk", point.clone())?;
+        let mut servers = Self { own, point, others: Vec::new() };
         let qemu = Command::new("qemu-nbd")
             .args(["-f", "raw", "-r", "-t", "-x", "disk", "-e", "8", "--cache=writeback", "-k"])
             .arg(folder.join(SERVERS[1]))
@@ -134,6 +137,20 @@ impl Servers {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(servers)
+    }
+
+    /// Blocks read here and there are those of the raw file, also where they were kept unpacked.
+    fn compare(&self, raw: &Path) -> Result<()> {
+        let raw = std::fs::File::open(raw)?;
+        let mut random = Random::seeded(9);
+        let (mut found, mut wanted) = ([0; BLOCK_BYTES as usize], [0; BLOCK_BYTES as usize]);
+        for _ in 0..10_000 {
+            let at = random.next() % (self.point.bytes() / BLOCK_BYTES) * BLOCK_BYTES;
+            self.point.read_at(at, &mut found)?;
+            raw.read_exact_at(&mut wanted, at)?;
+            ensure!(found == wanted, "the point reads otherwise at {at}");
+        }
+        Ok(())
     }
 }
 
