@@ -54,7 +54,7 @@ fn points_spill_and_a_power_cut_sends_little() {
 
     // More is overwritten before it is read than memory could preserve.
     let before = written_kib(&reserve);
-    let stamps = Stamps::new(&[name.clone()], PLACES);
+    let stamps = Stamps::new(std::slice::from_ref(&name), PLACES);
     let load = Load::start((0..6).map(|_| stamps.writer(&mut random)).collect());
     let mut highest = 0;
     for point in 0..POINTS {
@@ -183,6 +183,7 @@ fn power_cut(site: &mut InProcess, dir: &Path, device: &Path) {
     });
 }
 
+#[expect(clippy::zombie_processes, reason = "it is killed, or ends with the guest")]
 fn start_filter(dir: &Path, list: &Path) {
     let mut command = Command::new("secondsite");
     command.arg("filter").arg("--preserve=16KiB").arg("--dir").arg(dir).arg("--list").arg(list);

@@ -28,7 +28,7 @@ const CHECK_CODES: [(&str, &str); 4] =
     [("0", "ok"), ("1", "warning"), ("2", "critical"), ("3", "unknown")];
 
 /// By command: what to type, and what it does. Every one is parsed by a test.
-const EXAMPLES: [(&str, &[(&str, &str)]); 17] = [
+const EXAMPLES: [(&str, &[(&str, &str)]); 21] = [
     (
         "setup",
         &[
@@ -45,6 +45,35 @@ const EXAMPLES: [(&str, &[(&str, &str)]); 17] = [
             ("secondsite filter", "What secondsite-filter.service runs."),
             ("secondsite filter --status", "The volumes that are filtered, and how they are."),
         ],
+    ),
+    (
+        "open",
+        &[
+            ("secondsite open db1", "Serve the newest exact point over NBD."),
+            (
+                "secondsite open db1 --at 10:30",
+                "The newest one of 10:30 or before, by this host's clock.",
+            ),
+            ("secondsite open --list", "What is open, where, and how much was written to it."),
+        ],
+    ),
+    (
+        "close",
+        &[("secondsite close db1", "Close all points of db1, and throw away what was written.")],
+    ),
+    (
+        "keep",
+        &[(
+            "secondsite keep db1 --point 5e7736459c9b28f14675f65a20e9329f --name before-upgrade",
+            "Keep a point until it is released, under a name.",
+        )],
+    ),
+    (
+        "export",
+        &[(
+            "secondsite export db1 --point before-upgrade --format qcow2 -o db1.qcow2",
+            "Write the only volume of that point into an image for QEMU.",
+        )],
     ),
     ("token", &[("secondsite token --ttl 10m", "A token for one server, good for 10 minutes.")]),
     (

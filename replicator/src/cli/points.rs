@@ -1,12 +1,23 @@
-//! `secondsite points`: recovery points of a server, oldest first.
+//! `secondsite points`: recovery points of a server, oldest first; from control, else from the target
+//! of this host.
 
-use super::failure::Failure;
+use super::failure::{Exit, Failure};
 use super::operator::Operator;
+use super::recovery::Local;
 use super::{Context, output};
 use secondsite_control::api::{Point, Points};
 
 pub(super) fn run(context: &Context, server: &str) -> Result<(), Failure> {
-    let points = fetch(&Operator::open(context)?, server)?;
+    let points = Operator::open(context).and_then(|operator| fetch(&operator, server));
+    let points = match points {
+        // With control away the target of this host knows as much.
+        Err(failure) if failure.exit == Exit::Unavailable => {
+            let local = Local::open(context).map_err(|_| failure)?;
+            output::talk("Control does not answer: this is what the target of this host has");
+            local.ask(|target| target.points(server))?
+        }
+        points => points?,
+    };
     if context.json {
         output::document(&points);
     } else if points.points.is_empty() {

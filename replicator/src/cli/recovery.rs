@@ -62,7 +62,14 @@ fn time(text: &str, now: &jiff::Zoned) -> Result<String, Failure> {
         Failure::new(Exit::Usage, what).hint("--at '10 min ago', or --at 2026-11-21T10:30:00Z")
     };
     if let Some(ago) = text.strip_suffix("ago") {
-        let compact: String = ago.split_whitespace().collect();
+        let unit = |word: &str| match word {
+            "second" | "seconds" | "sec" => "s".to_owned(),
+            "minute" | "minutes" => "min".to_owned(),
+            "hour" | "hours" => "h".to_owned(),
+            "day" | "days" => "d".to_owned(),
+            other => other.to_owned(),
+        };
+        let compact: String = ago.split_whitespace().map(unit).collect();
         let seconds = units::parse_seconds(&compact).map_err(|_| wrong())?;
         let seconds = i64::try_from(seconds).map_err(|_| wrong())?;
         let then = now.timestamp() - jiff::SignedDuration::from_secs(seconds);
@@ -291,6 +298,7 @@ mod tests {
         let is = |text: &str, utc: &str| assert_eq!(read(text).as_deref(), Some(utc), "{text}");
         is("10 min ago", "2026-11-21T10:50:00Z");
         is("2h ago", "2026-11-21T09:00:00Z");
+        is("3 days ago", "2026-11-18T11:00:00Z");
         is("10:30", "2026-11-21T09:30:00Z");
         is("2026-11-20 10:30", "2026-11-20T09:30:00Z");
         is("2026-11-20T10:30:05.25Z", "2026-11-20T10:30:05.25Z");

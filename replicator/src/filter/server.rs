@@ -47,6 +47,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const RESERVE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What became of an entry.
+/// What is shared with the agent, the opened reserve, and the write-intent log on it.
+type SharedParts = (Arc<Shared>, Option<Arc<Backing>>, Option<Log>);
+
 struct Slot {
     entry: Entry,
     /// Who decides on its writes, once its backing device could be had.
@@ -298,7 +301,7 @@ impl Server<'_> {
         entry: &Entry,
         backing: &Arc<Backing>,
         state: &mut String,
-    ) -> Result<(Arc<Shared>, Option<Arc<Backing>>, Option<Log>), String> {
+    ) -> Result<SharedParts, String> {
         let path = volume_path(&self.places.dir, &entry.id);
         let folder = path.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(folder)
