@@ -194,7 +194,7 @@ fn states_as_people_see_them() {
         volume.reason = "no space left at /srv".into();
     });
     stage.target_says(&[45]);
-    status("db1 BEHIND # s · # MiB #s newest -", waits);
+    status("db1 BEHIND # s · # MiB #s # s of # d -", waits);
 
     let (code, out, _) = stage.says("dr", &["explain", "db1"]);
     assert_eq!(code, 0);
@@ -227,7 +227,7 @@ db1: BEHIND, target-full since # (# s)
 
     stage.agent_says(VolumePhase::Following, |_| {});
     stage.target_says(&[4]);
-    status("db1 protected # s · # MiB #s newest waits for a cut", "");
+    status("db1 protected # s · # MiB #s # s of # d waits for a cut", "");
     let (_, _, talk) = stage.says("dr", &["explain"]);
     assert_eq!(talk, "Nothing needs attention.\n");
 }
