@@ -294,3 +294,27 @@ fn a_reader_keeps_what_thinning_takes_away() {
     let after = disk.list("journal").unwrap().len() + disk.list("history").unwrap().len();
     assert!(after < before, "{before} files became {after}");
 }
+
+/// Epochs go on being committed while it is chosen what stays.
+#[test]
+fn what_is_committed_after_the_choice_stays() {
+    let disk = MemoryDisk::default();
+    let fill = |epoch| Script::new(epoch, vec![(1, vec![Put::Fill(3, epoch as u8)])]);
+    let steps: Vec<Step> = (1..=6).map(|epoch| Step::Epoch(fill(epoch))).collect();
+    do_steps(&disk, &steps, &mut Known::default(), None).unwrap();
+    let keeper = open(disk.clone()).unwrap();
+    let models = models(&steps);
+    // Chosen when 3 was the newest; 4 to 6 came before the layers were taken.
+    let kept: BTreeSet<Epoch> = [Epoch(3)].into();
+    let layers = keeper.volume().layers();
+    assert!(merge(&keeper, &layers, &kept, &|| true).unwrap());
+    for epoch in 1..=6 {
+        let view = keeper.view_at(Epoch(epoch)).unwrap();
+        assert_eq!(view.is_some(), epoch >= 3, "point {epoch}");
+        if let Some(view) = view {
+            let mut found = vec![0; VOLUME_BYTES as usize];
+            view.read(0, &mut found).unwrap();
+            assert!(found == models[epoch as usize], "point {epoch} reads otherwise");
+        }
+    }
+}

@@ -87,7 +87,9 @@ pub fn recover(
         disk.list(FOLDER)?.iter().filter_map(|name| Segment::number(name)).collect();
     numbers.sort_unstable();
     let mut segments = Vec::new();
-    for number in &numbers {
+    let tail = volume.tail();
+    // Those before the tail are read when somebody asks for what is in them.
+    for number in numbers.iter().filter(|number| **number >= tail.segment) {
         let segment = all.get(*number);
         segment.file()?.settle()?;
         let whole = segment.check_header(volume.record().volume).map_err(|error| match error {
@@ -99,8 +101,6 @@ pub fn recover(
         })?;
         segments.push((segment, whole));
     }
-    let tail = volume.tail();
-    segments.retain(|(segment, _)| segment.number >= tail.segment);
     let mut scan = Scan { at: tail, committed: tail, volume, verify, clock };
     let stop = scan.run(&segments)?;
     let (name, offset) = (Segment::name(scan.at.segment), scan.at.offset);

@@ -41,7 +41,7 @@ impl RetentionClock {
     /// Goes on from what a run before this one had counted.
     pub fn resume(&self, newest_s: u64) {
         // Relaxed: nothing else is published by it.
-        self.before_s.fetch_max(newest_s, Ordering::Relaxed);
+        self.before_s.fetch_max(newest_s.saturating_sub(self.running_s()), Ordering::Relaxed);
     }
 
     /// Moves a standing one.
@@ -51,10 +51,13 @@ impl RetentionClock {
 
     /// Seconds counted so far.
     pub fn now_s(&self) -> u64 {
-        let running = self.since.map_or(0, |since| {
+        self.before_s.load(Ordering::Relaxed) + self.running_s()
+    }
+
+    fn running_s(&self) -> u64 {
+        self.since.map_or(0, |since| {
             (since.elapsed().as_millis() as u64).saturating_mul(self.rate) / 1000
-        });
-        self.before_s.load(Ordering::Relaxed) + running
+        })
     }
 }
 

@@ -21,7 +21,7 @@ use super::store::Store;
 use super::tend::Holds;
 use super::volume::{Verify, refuse, shrunk};
 use crate::pulse;
-use secondsite_control::api::{TargetAssignment, TargetReport, TargetServer};
+use secondsite_control::api::{PointReport, TargetAssignment, TargetReport, TargetServer};
 use secondsite_format::ids::{ServerId, VolumeId};
 use secondsite_format::message::{Hello, Refusal, RefusalCode};
 use std::collections::BTreeMap;
@@ -324,7 +324,7 @@ impl Site {
         let all = self.all();
         let mut servers: Vec<ServerId> = all.iter().map(|((server, _), _)| *server).collect();
         servers.dedup();
-        let points = servers.into_iter().flat_map(|server| self.point_reports(server));
+        let points = servers.into_iter().flat_map(|server| for_control(self.point_reports(server)));
         TargetReport {
             target_version: env!("CARGO_PKG_VERSION").into(),
             volumes: all.iter().map(|((_, volume), entry)| entry.report(*volume)).collect(),
@@ -402,4 +402,19 @@ fn may_pass(error: &OpenError) -> bool {
 
 fn not_allowed(message: &str) -> Refusal {
     refuse(RefusalCode::NotAllowed, message)
+}
+
+/// Most points of a server in a report to control: it comes with every commit.
+const REPORTED_POINTS_MAX: usize = 1000;
+
+/// All points, or of very many the newest half of the room and some of the others, evenly. Who asks
+/// the target itself sees all.
+fn for_control(points: Vec<PointReport>) -> Vec<PointReport> {
+    if points.len() <= REPORTED_POINTS_MAX {
+        return points;
+    }
+    let newest = points.len() - REPORTED_POINTS_MAX / 2;
+    let step = newest.div_ceil(REPORTED_POINTS_MAX / 2);
+    let reported = |(i, _): &(usize, PointReport)| *i >= newest || i % step == 0;
+    points.into_iter().enumerate().filter(reported).map(|(_, point)| point).collect()
 }

@@ -13,6 +13,7 @@ use super::points::{CompletePoint, Plan, VolumeEpochs, complete_points, plan};
 use super::promote::promote;
 use super::run::Run;
 use super::site::Site;
+use super::state::EpochFacts;
 use secondsite_control::api::{KeepPolicy, PointReport};
 use secondsite_format::ids::{CutId, Epoch, ServerId, VolumeId};
 use secondsite_format::message::{Refusal, RefusalCode};
@@ -39,8 +40,8 @@ struct State {
     held: BTreeMap<(ServerId, CutId), usize>,
     /// Points that stay beyond their time.
     pins: BTreeMap<ServerId, Pins>,
-    /// What the job that is running keeps.
-    running: BTreeMap<ServerId, BTreeSet<CutId>>,
+    /// Points that the job that is running does not keep.
+    going: BTreeMap<ServerId, BTreeSet<CutId>>,
     /// When points were chosen last, by the retention clock.
     tended: BTreeMap<ServerId, u64>,
 }
@@ -70,7 +71,23 @@ impl Holds {
     }
 }
 
+/// The job of a server is over.
+struct Done<'a> {
+    holds: &'a Holds,
+    server: ServerId,
+}
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.holds.lock().going.remove(&self.server);
+    }
+}
+
 impl State {
+    fn is_going(&self, server: ServerId, cut: CutId) -> bool {
+        self.going.get(&server).is_some_and(|going| going.contains(&cut))
+    }
+
     fn held(&self, server: ServerId) -> BTreeSet<CutId> {
         let open = self.held.keys().filter(|(of, _)| *of == server).map(|(_, cut)| *cut);
         let pinned = self.pins.get(&server).into_iter().flat_map(|pins| pins.keys().copied());
@@ -98,8 +115,7 @@ impl Site {
     pub fn hold(&self, server: ServerId, cut: CutId) -> Result<Hold, NotHeld> {
         let mut state = self.holds.lock();
         let (_, plan) = self.plan(server, &state);
-        let running = state.running.get(&server);
-        if !plan.points.contains(&cut) || running.is_some_and(|kept| !kept.contains(&cut)) {
+        if !plan.points.contains(&cut) || state.is_going(server, cut) {
             return Err(NotHeld::Unknown);
         }
         *state.held.entry((server, cut)).or_default() += 1;
@@ -131,10 +147,10 @@ impl Site {
         let mut pins = before;
         change(&mut pins)?;
         // A point that is being thinned away at this moment cannot be kept any more.
-        let running = state.running.get(&server);
         let known = state.pins.get(&server);
-        let fresh = pins.keys().filter(|cut| known.is_none_or(|known| !known.contains_key(cut)));
-        if fresh.into_iter().any(|cut| running.is_some_and(|kept| !kept.contains(cut))) {
+        let mut fresh =
+            pins.keys().filter(|cut| known.is_none_or(|known| !known.contains_key(cut)));
+        if fresh.any(|cut| state.is_going(server, *cut)) {
             return Err("the point is just being thinned away".into());
         }
         let stored = self.server_disk(server).and_then(|disk| pins::store(&*disk, &pins));
@@ -197,9 +213,18 @@ impl Site {
         (points, plan)
     }
 
+    /// What the assignment says of a server's points; of one that it does not name all stay.
     fn policy(&self, server: ServerId) -> Option<KeepPolicy> {
         let id = server.to_string();
-        self.assignment().servers.iter().find(|server| server.id == id)?.keep
+        match self.assignment().servers.iter().find(|server| server.id == id) {
+            Some(server) => server.keep,
+            None => Some(KeepPolicy { fine_seconds: u64::MAX, coarse_seconds: u64::MAX }),
+        }
+    }
+
+    fn is_assigned(&self, server: ServerId) -> bool {
+        let id = server.to_string();
+        self.assignment().servers.iter().any(|server| server.id == id)
     }
 
     /// Promotes, gathers and thins the volumes of a server as its points allow.
@@ -207,8 +232,10 @@ impl Site {
         let keepers = self.keepers(server);
         let plan = {
             let mut state = self.holds.lock();
-            if !state.pins.contains_key(&server) {
-                return; // what is kept beyond its time could not be read
+            // What is kept beyond its time could not be read, or nobody says what to keep at all:
+            // an assignment that is lost must not cost a point.
+            if !state.pins.contains_key(&server) || !self.is_assigned(server) {
+                return;
             }
             let now_s = self.clock.now_s();
             let tended = state.tended.get(&server);
@@ -219,14 +246,17 @@ impl Site {
                 return;
             }
             state.tended.insert(server, now_s);
-            let (_, plan) = self.plan(server, &state);
-            state.running.insert(server, plan.points.clone());
+            let (points, plan) = self.plan(server, &state);
+            let going = points.iter().map(|point| point.cut_id);
+            let going = going.filter(|cut| !plan.points.contains(cut)).collect();
+            state.going.insert(server, going);
             plan
         };
+        // Also if an invariant breaks: who wants to hold a point must not wait for ever.
+        let _done = Done { holds: &self.holds, server };
         for (volume, keeper) in &keepers {
             self.tend_volume(server, (*volume, keeper), &plan);
         }
-        self.holds.lock().running.remove(&server);
     }
 
     fn tend_volume(&self, server: ServerId, (volume, keeper): (VolumeId, &Keeper), plan: &Plan) {
@@ -301,14 +331,16 @@ impl Site {
 
 /// Points of a run that nobody keeps, and that a merge would take out.
 fn dropped(run: &Run, kept: &BTreeSet<Epoch>) -> usize {
-    let gone = |facts: &&Arc<_>| {
-        let facts: &super::state::EpochFacts = facts;
-        !facts.dropped && !kept.contains(&facts.epoch)
+    // What came after the choice stays, as in `merge`.
+    let upto = kept.last().copied().unwrap_or(Epoch(0));
+    let gone = |facts: &&Arc<EpochFacts>| {
+        !facts.dropped && facts.epoch <= upto && !kept.contains(&facts.epoch)
     };
     run.facts.iter().filter(gone).count()
 }
 
-/// Makes one run of neighbouring `layers`: the newest in memory, or runs. Whether it was done.
+/// Makes one run of neighbouring `layers`: the newest in memory, or runs. What is newer than all of
+/// `kept` came after the choice, and stays too. Whether it was done.
 pub fn merge(
     keeper: &Keeper,
     layers: &[Layer],
@@ -332,6 +364,10 @@ pub fn merge(
         (facts, volume.end_of(to), base, (record.volume, record.generation))
     };
     let (volume, generation) = ids;
+    let chosen_upto = kept.last().copied().unwrap_or(Epoch(0));
+    let facts: Vec<Arc<EpochFacts>> = facts;
+    let later = facts.iter().map(|facts| facts.epoch).filter(|epoch| *epoch > chosen_upto);
+    let kept = &kept.iter().copied().chain(later).collect();
     let merge = Merge { layers, from, end, facts, kept, base, volume, generation };
     let done = keeper.merge(&merge, going)?;
     keeper.let_go();
