@@ -7,14 +7,22 @@ mod target_support;
 
 use secondsite::target::disk::Disk;
 use secondsite::target::disk::memory::MemoryDisk;
+use secondsite::target::index::{FrameSpot, Origin, Piece};
+use secondsite::target::journal::Place;
 use secondsite::target::keeper::Keeper;
 use secondsite::target::layers::Layer;
+use secondsite::target::points::{VolumeEpochs, complete_points};
 use secondsite::target::promote::promote;
+use secondsite::target::run::{Run, Writer};
+use secondsite::target::segments::Segments;
 use secondsite::target::tend::merge;
-use secondsite_format::ids::Epoch;
+use secondsite_format::ids::{Epoch, Generation};
 use secondsite_format::message::Refusal;
 use std::collections::BTreeSet;
-use target_support::{BLOCKS, KEY, Put, SYNC, Script, VOLUME_BYTES, open};
+use std::sync::Arc;
+use target_support::{
+    BLOCK, BLOCKS, KEY, Put, SYNC, Script, VOLUME, VOLUME_BYTES, commit_frame, open,
+};
 
 const EPOCHS: u64 = 14;
 
@@ -188,6 +196,12 @@ fn check(keeper: &Keeper, disk: &MemoryDisk, models: &[Vec<u8>], known: &Known, 
             found == models[epoch as usize],
             "{when}: point {epoch} of {newest} reads otherwise; base {base}, runs {runs:?}"
         );
+        // A read that begins in the middle finds what began before it.
+        for (block, expected) in models[epoch as usize].chunks(BLOCK as usize).enumerate() {
+            let mut found = vec![0; expected.len()];
+            view.read(block as u64 * BLOCK, &mut found).unwrap();
+            assert!(found == expected, "{when}: block {block} of point {epoch} reads otherwise");
+        }
     }
     if record.promoting.is_none() {
         let replica = disk.read("replica.img", VOLUME_BYTES).unwrap().unwrap();
@@ -265,34 +279,80 @@ fn a_crash_at_every_access_loses_no_kept_point() {
     }
 }
 
+/// The last of [`overwritten`].
+const LAST: u64 = 40;
+
+/// Epochs in one run that overwrite each other, but for a block of the first.
+fn overwritten(disk: &MemoryDisk) -> Vec<Vec<u8>> {
+    let script = |epoch| {
+        let mut puts = vec![Put::Fill(epoch % 3, epoch as u8), Put::Fill(5, 0x40 + epoch as u8)];
+        puts.extend((epoch == 1).then_some(Put::Fill(9, 9)));
+        Script::new(epoch, vec![(1, puts)])
+    };
+    let epochs = (1..=LAST).map(|epoch| Step::Epoch(script(epoch)));
+    let steps: Vec<Step> = epochs.chain([Step::Gather]).collect();
+    do_steps(disk, &steps, &mut Known::default(), None).unwrap();
+    models(&steps)
+}
+
 #[test]
 fn a_reader_keeps_what_thinning_takes_away() {
     let disk = MemoryDisk::default();
+    let models = overwritten(&disk);
     let keeper = open(disk.clone()).unwrap();
-    keeper.copy_begin(SYNC).unwrap();
-    keeper.copy_done(SYNC).unwrap();
-    let mut known = Known::default();
-    let mut steps: Vec<Step> = Vec::new();
-    for epoch in 1..=6 {
-        let puts = vec![Put::Fill(epoch % 3, epoch as u8), Put::Fill(5, 0x40 + epoch as u8)];
-        steps.push(Step::Epoch(Script::new(epoch, vec![(1, puts)])));
-    }
-    drop(keeper);
-    do_steps(&disk, &steps, &mut known, None).unwrap();
-    let keeper = open(disk.clone()).unwrap();
-    let models = models(&steps);
     let view = keeper.view_at(Epoch(3)).unwrap().unwrap();
-    let everything = |keeper: &Keeper| keeper.volume().layers();
-    let kept: BTreeSet<Epoch> = [Epoch(6)].into();
-    let before = disk.list("journal").unwrap().len() + disk.list("history").unwrap().len();
-    assert!(merge(&keeper, &everything(&keeper), &kept, &|| true).unwrap());
+    let files = || disk.list("journal").unwrap().len() + disk.list("history").unwrap().len();
+    let before = files();
+    let layers = keeper.volume().layers();
+    assert!(merge(&keeper, &layers, &[Epoch(LAST)].into(), &|| true).unwrap());
+    drop(layers);
     assert!(keeper.view_at(Epoch(3)).unwrap().is_none(), "it is no point any more");
     let mut found = vec![0; VOLUME_BYTES as usize];
     view.read(0, &mut found).unwrap();
     assert!(found == models[3], "who had it open reads it still");
     drop(view);
-    let after = disk.list("journal").unwrap().len() + disk.list("history").unwrap().len();
-    assert!(after < before, "{before} files became {after}");
+    assert!(files() < before, "{before} files became {}", files());
+}
+
+#[test]
+fn what_thinning_writes_anew_is_durable_before_the_old_goes() {
+    let disk = MemoryDisk::default();
+    let models = overwritten(&disk);
+    let keeper = open(disk.clone()).unwrap();
+    let layers = keeper.volume().layers();
+    assert!(merge(&keeper, &layers, &[Epoch(LAST)].into(), &|| true).unwrap());
+    let written = disk.list("history").unwrap().iter().any(|name| name.ends_with(".seg"));
+    assert!(written, "the test needs a segment that is written anew");
+    for seed in 0..20 {
+        let keeper = open(disk.after_crash(seed)).unwrap();
+        let mut found = vec![0; VOLUME_BYTES as usize];
+        keeper.view_at(Epoch(LAST)).unwrap().unwrap().read(0, &mut found).unwrap();
+        assert!(found == models[LAST as usize], "seed {seed}");
+    }
+}
+
+#[test]
+fn a_doubt_outlives_the_point_that_told_it() {
+    let disk = MemoryDisk::default();
+    let keeper = open(disk.clone()).unwrap();
+    keeper.copy_begin(SYNC).unwrap();
+    keeper.copy_done(SYNC).unwrap();
+    for epoch in 1..=4 {
+        let script = Script::new(epoch, vec![]);
+        let previous = keeper.volume().durable().map_or([0; 32], |facts| facts.chain);
+        let mut manifest = script.manifest(previous);
+        if epoch == 3 {
+            manifest.doubt_from = Epoch(2);
+        }
+        keeper.commit(&commit_frame(manifest, &KEY), &KEY).unwrap();
+    }
+    let layers = keeper.volume().layers();
+    let kept: BTreeSet<Epoch> = [1, 2, 4].map(Epoch).into();
+    assert!(merge(&keeper, &layers, &kept, &|| true).unwrap());
+    let epochs = keeper.volume().facts().collect();
+    let volume = VolumeEpochs { volume: VOLUME, generation: Generation(1), epochs };
+    let exact: Vec<bool> = complete_points(&[volume]).iter().map(|p| p.is_exact()).collect();
+    assert_eq!(exact, [true, false, true]);
 }
 
 /// Epochs go on being committed while it is chosen what stays.
@@ -316,5 +376,50 @@ fn what_is_committed_after_the_choice_stays() {
             view.read(0, &mut found).unwrap();
             assert!(found == models[epoch as usize], "point {epoch} reads otherwise");
         }
+    }
+}
+
+/// A run of thousands of pieces, from a sector to a gigabyte, against a plain list of them.
+#[test]
+fn a_lookup_finds_every_piece_that_touches_a_range() {
+    let disk = MemoryDisk::default();
+    overwritten(&disk);
+    let facts = open(disk.clone()).unwrap().volume().runs()[0].facts.clone();
+    let segments = Segments::new(Arc::new(disk.clone()));
+    let mut rng = Rng(1);
+    let mut pieces = Vec::new();
+    for epoch in 1..=LAST {
+        let mut at = rng.below(64) * 512;
+        for i in 0..200 {
+            let bytes = 512 << (rng.below(8) + if i % 50 == 0 { 14 } else { 0 });
+            let frame = FrameSpot { segment: 1, offset: i * 100, bytes: 100 };
+            let origin = Origin::Payload { frame, at: epoch as u32 };
+            pieces.push(Piece { start: at, end: at + bytes, origin, epoch: Epoch(epoch), of: 0 });
+            at += bytes + rng.below(1 << 10) * 512;
+        }
+    }
+    pieces.sort_by_key(|piece| (piece.start, piece.epoch));
+    let end = Place { segment: 1, offset: 512 };
+    let mut writer = Writer::new(Arc::new(disk.clone()), VOLUME, Epoch(0), Epoch(LAST)).unwrap();
+    pieces.iter().for_each(|piece| writer.add(piece).unwrap());
+    writer.finish(end, &facts, &[]).unwrap();
+    let run = Run::open(&segments, VOLUME, Epoch(0), Epoch(LAST)).unwrap();
+    assert_eq!(run.pieces, pieces.len() as u64);
+    for _ in 0..3000 {
+        // Near where one begins, so that what begins before it reaches in.
+        let near = pieces[rng.below(pieces.len() as u64) as usize].start;
+        let (start, upto) = (near + 512 * rng.below(32), Epoch(rng.below(LAST + 2)));
+        let most = 1 << rng.below(22);
+        let end = start + 512 * (1 + rng.below(most));
+        let touches = |piece: &&Piece| piece.end > start && piece.epoch <= upto;
+        let mut expected: Vec<Piece> =
+            pieces.iter().filter(touches).filter_map(|piece| piece.within(start, end)).collect();
+        expected.sort_by_key(|piece| (piece.epoch, piece.start));
+        let mut found = Vec::new();
+        run.pieces(start, end, upto, &mut found).unwrap();
+        found.sort_by_key(|piece| (piece.epoch, piece.start));
+        assert!(found == expected, "{start}..{end} at {upto}");
+        let next = pieces.iter().filter(touches).map(|piece| piece.start.max(start)).min();
+        assert_eq!(run.next_from(start, upto).unwrap(), next, "from {start} at {upto}");
     }
 }
