@@ -395,7 +395,7 @@ fn a_lookup_finds_every_piece_that_touches_a_range() {
             let frame = FrameSpot { segment: 1, offset: i * 100, bytes: 100 };
             let origin = Origin::Payload { frame, at: epoch as u32 };
             pieces.push(Piece { start: at, end: at + bytes, origin, epoch: Epoch(epoch), of: 0 });
-            at += bytes + rng.below(1 << 10) * 512;
+            at += bytes + rng.below(1 << 5) * 512;
         }
     }
     pieces.sort_by_key(|piece| (piece.start, piece.epoch));
