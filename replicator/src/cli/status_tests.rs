@@ -18,7 +18,7 @@ fn server(name: &str, state: State) -> ServerStatus {
         loss_seconds: None,
         backlog_bytes: 0,
         goal_seconds: 30,
-        history_seconds: Some(86_400.0),
+        history_seconds: None,
         keep_seconds: Some(1_296_000),
         percent: None,
         left_seconds: None,
@@ -49,25 +49,27 @@ fn one_look() {
     (db2.volumes, db2.backlog_bytes) = (vec![volume()], 4096);
     let mut web1 = server("web1", State::Protected);
     (web1.loss_seconds, web1.backlog_bytes) = (Some(4.2), 1_258_291);
-    web1.sending_bytes_per_second = Some(0.6e6);
+    (web1.sending_bytes_per_second, web1.history_seconds) = (Some(0.6e6), Some(1_296_000.0));
     let mut web2 = server("web2", State::Protected);
     (web2.loss_seconds, web2.sending_bytes_per_second) = (Some(4.2), Some(0.0));
+    (web2.history_seconds, web2.keep_seconds) = (Some(0.0), None);
     let mut web3 = web2.clone();
     (web3.name, web3.backlog_bytes) = ("web3".into(), 4096);
     let mut app3 = server("app3", State::Behind);
     (app3.loss_seconds, app3.backlog_bytes) = (Some(430.0), 6_657_199_309);
     (app3.goal_seconds, app3.sending_bytes_per_second) = (60, Some(6e6));
+    (app3.history_seconds, app3.keep_seconds) = (Some(68_400.0), Some(86_400));
     let new = server("new", State::Joined);
     let servers = [db1, db2, web1, web2, web3, app3, new];
     let expected = "\
-SERVER  STATE                        LOSS IF IT DIED NOW  GOAL  TO TARGET
-db1     first copy 34 %, 12 min      no point yet         30s   98 MB/s
-db2     first copy 0 %, calculating  no point yet         30s   0.0 MB/s
-web1    protected                    4 s · 1.2 MiB        30s   0.6 MB/s
-web2    protected                    4 s · nothing waits  30s   idle
-web3    protected                    4 s · 4 KiB          30s   waits for a cut
-app3    BEHIND                       7 min · 6.2 GiB      1min  6.0 MB/s
-new     joined                       everything           30s   off
+SERVER  STATE                        LOSS IF IT DIED NOW  GOAL  HISTORY       TO TARGET
+db1     first copy 34 %, 12 min      no point yet         30s   -             98 MB/s
+db2     first copy 0 %, calculating  no point yet         30s   -             0.0 MB/s
+web1    protected                    4 s · 1.2 MiB        30s   15 d of 15 d  0.6 MB/s
+web2    protected                    4 s · nothing waits  30s   newest        idle
+web3    protected                    4 s · 4 KiB          30s   newest        waits for a cut
+app3    BEHIND                       7 min · 6.2 GiB      1min  19 h of 24 h  6.0 MB/s
+new     joined                       everything           30s   -             off
 ";
     assert_eq!(table(&servers), expected);
     let paths = Paths::of(Path::new("/etc/secondsite"));
