@@ -31,8 +31,6 @@ const PIECES_MAX: usize = 1 << 17;
 const EPOCHS_AGE_S: u64 = 10 * 60;
 /// How often points are chosen anew if nothing presses, seconds.
 const EVERY_S: u64 = 10;
-/// How often a server is looked after that sends nothing, seconds.
-pub const IDLE_S: u64 = 60;
 
 /// Who keeps which point.
 #[derive(Default)]
