@@ -56,6 +56,8 @@ type Key = (ServerId, CutId);
 pub struct OpenPoints {
     site: Arc<Site>,
     nbd: nbd::Server,
+    /// Why nobody can reach it, if so.
+    deaf: Option<String>,
     socket: PathBuf,
     scratch: PathBuf,
     scratch_bytes_max: u64,
@@ -115,7 +117,11 @@ impl OpenPoints {
         scratch_bytes_max: u64,
     ) -> anyhow::Result<Self> {
         let nbd = nbd::Server::new(None)?;
-        nbd.listen_unix(&socket)?;
+        // Replication goes on without: only opening points needs it.
+        let deaf = nbd.listen_unix(&socket).err().map(|error| error.to_string());
+        if let Some(error) = &deaf {
+            tracing::error!("no recovery point can be opened: {error}");
+        }
         let scratch = store.join(SCRATCH);
         remove_closed(&scratch);
         let mut waiting = BTreeMap::new();
@@ -127,6 +133,7 @@ impl OpenPoints {
         Ok(Self {
             site,
             nbd,
+            deaf,
             socket,
             scratch,
             scratch_bytes_max,
@@ -385,6 +392,10 @@ impl Recovery for OpenPoints {
     }
 
     fn open(&self, server: &str, request: &OpenRequest) -> Result<OpenedPoint, Problem> {
+        if let Some(error) = &self.deaf {
+            let hint = "systemctl restart secondsite-target";
+            return Err(problem(exit::UNAVAILABLE, error.clone(), hint));
+        }
         let (id, row) = self.server(server)?;
         let point = self.find((id, &row), request)?;
         let volume = match &request.volume {
