@@ -448,6 +448,11 @@ impl Keeper {
     }
 
     /// Lets go of the segments that nothing here reads any more.
+    ///
+    /// What goes is in no run and in no epoch in memory, and lies before the tail: what it held is
+    /// in a synced replica under a durable base, or in a run that was durable before the volume had
+    /// it, so neither this process nor the next one looks for it. What the session writes
+    /// meanwhile lies behind the tail. Attacked by `target_history`.
     pub(super) fn let_go(&self) {
         let (needed, tail) = {
             let volume = self.volume();

@@ -279,12 +279,6 @@ impl Run {
         }
         Ok(&page[PAGE_HEADER_BYTES..][..count * PIECE_BYTES])
     }
-
-    /// Reads every page, for who wants to know whether all are whole.
-    pub fn check_pages(&self) -> io::Result<()> {
-        let mut page = [0; PAGE_BYTES];
-        self.fences.iter().try_for_each(|fence| self.page(fence, &mut page).map(drop))
-    }
 }
 
 impl Drop for Run {
